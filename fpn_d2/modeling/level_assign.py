@@ -1,0 +1,140 @@
+"""RoI -> pyramid level.
+
+Naming: ``level`` is the absolute k, whose map has stride 2^k; ``level_index`` is the position of that level among the
+levels that are pooled, 0 for the finest.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.structures import Boxes
+from detectron2.utils.registry import Registry
+from torch import Tensor
+
+LEVEL_ASSIGN_REGISTRY = Registry("LEVEL_ASSIGN")
+LEVEL_ASSIGN_REGISTRY.__doc__ = """
+Registry of level assigners, by the name in ``MODEL.ROI_LEVEL_ASSIGN.NAME``.
+
+A registered function is called as ``rule(levels, canonical_box_size=..., canonical_level=...)`` and returns what maps
+the boxes of a batch to level indices, see :class:`CanonicalLevelAssigner`.
+"""
+
+# Detectron2 adds it inside the logarithm, which keeps a box without area from giving minus infinity.
+EPSILON = 1e-8
+
+
+def canonical_levels(
+    areas: Tensor, levels: Sequence[int], canonical_box_size: float = 224, canonical_level: int = 4
+) -> Tensor:
+    """Equation 1 of Lin et al., CVPR 2017: k = floor(k0 + log2(sqrt(area) / s0)), then the nearest pooled level.
+
+    A k below the finest level becomes the finest and one above the coarsest the coarsest. Where ``levels`` has gaps,
+    a k in a gap becomes the next finer level, which keeps the detail that the rule asks for.
+
+    Args:
+        areas: (M,) box areas in square pixels of the network's input, not negative. Half precision is computed in
+            float32, because areas above 65504 do not fit into float16.
+        levels: the levels that exist, ascending.
+        canonical_box_size: s0, in pixels.
+        canonical_level: k0.
+
+    Returns:
+        (M,) int64 level indices, positions in ``levels``.
+
+    Example:
+        >>> canonical_levels(torch.tensor([112.0**2, 224.0**2, 448.0**2]), levels=[2, 3, 4, 5])
+        tensor([1, 2, 3])
+    """
+    if areas.dtype in (torch.float16, torch.bfloat16):
+        areas = areas.float()
+    k = torch.floor(canonical_level + torch.log2(torch.sqrt(areas) / canonical_box_size + EPSILON))
+    k = torch.clamp(k, min=levels[0], max=levels[-1]).to(torch.int64)
+    if levels[-1] - levels[0] + 1 == len(levels):
+        return k - levels[0]
+    return torch.searchsorted(torch.tensor(levels, device=k.device), k, right=True) - 1
+
+
+def check_finite(box_lists: Sequence[Boxes]) -> None:
+    """Raise for boxes that have no level.
+
+    Raises:
+        ValueError: a coordinate is NaN or infinite; names the first such box by image and row.
+    """
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return
+    for image, boxes in enumerate(box_lists):
+        finite = torch.isfinite(boxes.tensor).all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"cannot assign a pyramid level to {int((~finite).sum())} of {len(boxes)} boxes of image {image} in "
+                f"the batch: row {row} is {boxes.tensor[row].tolist()}, expected finite coordinates. If this comes up "
+                "in training, the loss has usually diverged: lower SOLVER.BASE_LR, warm up longer or clip gradients"
+            )
+
+
+class CanonicalLevelAssigner:
+    """The paper's rule; see :func:`canonical_levels`. Equal to Detectron2's own for every finite box.
+
+    Equivalents elsewhere: torchvision's ``canonical_scale`` and ``canonical_level``; mmdetection's ``finest_scale`` is
+    ``canonical_box_size`` brought to its finest level (224 at level 4 is 56 at level 2).
+    """
+
+    def __init__(self, levels: Sequence[int], canonical_box_size: float = 224, canonical_level: int = 4):
+        """Check and keep the rule's numbers.
+
+        Args:
+            levels: the levels that are pooled, ascending, e.g. (2, 3, 4, 5).
+            canonical_box_size: side in pixels of a box that belongs on ``canonical_level``.
+            canonical_level: its level.
+
+        Raises:
+            ValueError: no levels, levels not ascending, or a size that is not positive.
+        """
+        if not levels or list(levels) != sorted(set(levels)):
+            raise ValueError(f"levels are {list(levels)}; expected at least one, ascending, each once")
+        if not canonical_box_size > 0:
+            raise ValueError(
+                f"canonical_box_size (MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE) is {canonical_box_size}; expected "
+                "a size in pixels greater than 0"
+            )
+        self.levels = tuple(levels)
+        self.canonical_box_size = canonical_box_size
+        self.canonical_level = canonical_level
+
+    def __call__(self, box_lists: Sequence[Boxes]) -> Tensor:
+        """Assign the boxes of a batch.
+
+        Args:
+            box_lists: the boxes of each of N images, in pixels of the network's input.
+
+        Returns:
+            (M,) int64 level indices of all boxes, in the order of the images.
+
+        Raises:
+            ValueError: a box has a NaN or infinite coordinate.
+        """
+        check_finite(box_lists)
+        areas = [_areas(boxes) for boxes in box_lists]
+        if not areas:
+            return torch.zeros(0, dtype=torch.int64)
+        return canonical_levels(torch.cat(areas), self.levels, self.canonical_box_size, self.canonical_level)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(levels={self.levels}, canonical_box_size={self.canonical_box_size}, "
+            f"canonical_level={self.canonical_level})"
+        )
+
+
+@LEVEL_ASSIGN_REGISTRY.register()
+def canonical(levels: Sequence[int], canonical_box_size: float, canonical_level: int) -> CanonicalLevelAssigner:
+    """Build the paper's rule, the default."""
+    return CanonicalLevelAssigner(levels, canonical_box_size, canonical_level)
+
+
+def _areas(boxes: Boxes) -> Tensor:
+    """Areas in at least float32; 0 for a box that is turned inside out, which then goes to the finest level."""
+    if boxes.tensor.dtype in (torch.float16, torch.bfloat16):
+        boxes = type(boxes)(boxes.tensor.float())
+    return boxes.area().clamp(min=0)

@@ -1,0 +1,68 @@
+"""Up-sampling by two to the exact size of the next finer map."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UPSAMPLES = ("nearest", "bilinear", "deconv")
+
+
+def fit(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Bring ``x``, already up-sampled by two, to ``size`` (height, width).
+
+    A map of odd size 2n - 1 has a coarser map of size n, and that one up-sampled has 2n cells: the last is cut, so
+    that cell i of the finer map always meets cell i // 2 of the coarser one. A bottom-up pathway that rounds sizes
+    down leaves the up-sampled map too small; it is then stretched.
+    """
+    height, width = x.shape[-2:]
+    if (height, width) == tuple(size):
+        return x
+    if height >= size[0] and width >= size[1]:
+        return x[..., : size[0], : size[1]]
+    return interpolate(x, mode, size=size)
+
+
+def interpolate(x: Tensor, mode: str, **target) -> Tensor:
+    """``F.interpolate`` for the modes "nearest" and "bilinear"."""
+    return F.interpolate(x, mode=mode, align_corners=None if mode == "nearest" else False, **target)
+
+
+class Deconv(nn.Module):
+    """A learned 2x2 transposed convolution with stride 2 that starts out as nearest up-sampling."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.deconv = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+        with torch.no_grad():
+            self.deconv.weight.copy_(torch.eye(channels)[:, :, None, None].expand_as(self.deconv.weight))
+            self.deconv.bias.zero_()
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(N, C, h, w) -> (N, C, *size)."""
+        return fit(self.deconv(x), size, "nearest")
+
+
+class Interpolate(nn.Module):
+    """Nearest or bilinear up-sampling by two."""
+
+    def __init__(self, mode: str):
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(N, C, h, w) -> (N, C, *size)."""
+        return fit(interpolate(x, self.mode, scale_factor=2.0), size, self.mode)
+
+    def extra_repr(self) -> str:
+        return self.mode
+
+
+def build_upsample(name: str, channels: int) -> nn.Module:
+    """Build a module that is called as ``module(x, size)``.
+
+    Raises:
+        ValueError: ``name`` is not one of ``UPSAMPLES``.
+    """
+    if name not in UPSAMPLES:
+        raise ValueError(f"upsample (MODEL.FPN.UPSAMPLE) is {name!r}; expected one of {', '.join(UPSAMPLES)}")
+    return Deconv(channels) if name == "deconv" else Interpolate(name)

@@ -1,0 +1,102 @@
+"""Detectron2's RoI heads with our poolers; nothing else is changed."""
+
+import math
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    StandardROIHeads,
+    build_box_head,
+)
+from torch import nn
+
+from .poolers import build_pooler
+
+
+class _PyramidPoolers:
+    """Puts our poolers where Detectron2's ``from_config`` put its own; poolers hold no parameters."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        _check_maps(names, input_shape)
+        args = super().from_config(_without_gaps(cfg, input_shape), input_shape)
+        output_size = _box_output_size(cfg)
+        if not isinstance(output_size, int):
+            for key in {"box_head", "box_heads"} & set(args):
+                args[key] = _resized(args[key], cfg, input_shape, output_size)
+        for branch, head, size in (
+            ("box", cfg.MODEL.ROI_BOX_HEAD, output_size),
+            ("mask", cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION),
+            ("keypoint", cfg.MODEL.ROI_KEYPOINT_HEAD, cfg.MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION),
+        ):
+            if args.get(f"{branch}_in_features"):
+                args[f"{branch}_in_features"] = names
+            if args.get(f"{branch}_pooler") is not None:  # some heads pool by themselves
+                args[f"{branch}_pooler"] = build_pooler(
+                    cfg,
+                    input_shape,
+                    output_size=size,
+                    sampling_ratio=head.POOLER_SAMPLING_RATIO,
+                    pooler_type=head.POOLER_TYPE,
+                )
+        return args
+
+
+def _check_maps(names: list[str], input_shape: dict[str, ShapeSpec]) -> None:
+    if not names or any(name not in input_shape for name in names):
+        raise ValueError(
+            f"MODEL.ROI_HEADS.IN_FEATURES is {list(names)}; expected maps that the backbone gives: "
+            f"{', '.join(input_shape)}"
+        )
+    channels = [input_shape[name].channels for name in names]
+    if len(set(channels)) > 1:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.IN_FEATURES {list(names)} have {channels} channels; the heads are shared over the "
+            "levels, so that all have to be the same: use a neck"
+        )
+
+
+def _without_gaps(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> CfgNode:
+    """Show Detectron2 one level only where there are gaps between levels, which its poolers refuse."""
+    names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+    levels = [math.log2(input_shape[name].stride) for name in names]
+    if levels[-1] - levels[0] + 1 == len(levels):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = names[:1]
+    return cfg
+
+
+def _box_output_size(cfg: CfgNode) -> int | tuple[int, ...]:
+    size = tuple(cfg.MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE)
+    if size and len(size) != 2:
+        raise ValueError(f"MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE is {list(size)}; expected [height, width] or []")
+    return size or cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+
+
+def _resized(heads: nn.Module | list, cfg: CfgNode, input_shape: dict[str, ShapeSpec], size: tuple[int, ...]):
+    """Build the box head(s) anew for RoIs that are not square, which Detectron2's configuration cannot say."""
+    if isinstance(heads, list):
+        return [_resized(head, cfg, input_shape, size) for head in heads]
+    channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+    head = build_box_head(cfg, ShapeSpec(channels=channels, height=size[0], width=size[1]))
+    if head.output_shape != heads.output_shape:
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE needs a box head that ends in a fully connected layer "
+            f"(MODEL.ROI_BOX_HEAD.NUM_FC of at least 1); this one gives {head.output_shape}"
+        )
+    return head
+
+
+@ROI_HEADS_REGISTRY.register()
+class FPNROIHeads(_PyramidPoolers, StandardROIHeads):
+    """``StandardROIHeads`` whose box, mask and keypoint branches pool by ``MODEL.ROI_LEVEL_ASSIGN``."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class FPNCascadeROIHeads(_PyramidPoolers, CascadeROIHeads):
+    """``CascadeROIHeads`` whose box, mask and keypoint branches pool by ``MODEL.ROI_LEVEL_ASSIGN``."""
