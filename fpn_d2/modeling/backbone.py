@@ -84,6 +84,6 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
     name = cfg.MODEL.FPN.BOTTOM_UP
     if name not in BACKBONE_REGISTRY or name == "build_fpn_backbone":
         known = ", ".join(sorted(key for key, _ in BACKBONE_REGISTRY if key != "build_fpn_backbone"))
-        raise ValueError(f"MODEL.FPN.BOTTOM_UP is {name!r}, which is not a registered bottom-up pathway; known: {known}")
+        raise ValueError(f"MODEL.FPN.BOTTOM_UP is {name!r}; expected a registered bottom-up pathway: {known}")
     bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
     return PyramidBackbone(bottom_up, build_neck(cfg, bottom_up.output_shape()))

@@ -117,7 +117,7 @@ def test_an_image_does_not_see_the_rest_of_its_batch():
     "key,value,message",
     [
         ("MODEL.FPN.BOTTOM_UP", "build_resnet", "BOTTOM_UP is 'build_resnet'.*build_resnet_backbone"),
-        ("MODEL.FPN.BOTTOM_UP", "build_fpn_backbone", "not a registered bottom-up pathway"),
+        ("MODEL.FPN.BOTTOM_UP", "build_fpn_backbone", "expected a registered bottom-up pathway"),
         ("MODEL.FPN.NECK", "FPM", "NECK is 'FPM'.*known necks: .*FPN"),
         ("MODEL.RESNETS.OUT_FEATURES", ["res4"], "asks for res2, res3, res5.*OUT_FEATURES"),
     ],
@@ -158,7 +158,9 @@ def test_a_neck_of_your_own_is_found_by_name():
     assert "conv.weight" in backbone.state_dict()
 
 
-@pytest.mark.parametrize("options,message", [({"own_parameter": True}, "scale"), ({"child_name": "bottom_up"}, "taken")])
+@pytest.mark.parametrize(
+    "options,message", [({"own_parameter": True}, "holds scale"), ({"child_name": "bottom_up"}, "taken")]
+)
 def test_neck_that_would_lose_parameters_is_refused(options, message):
     bottom_up = build_backbone(config()).bottom_up
     with pytest.raises(ValueError, match=message):

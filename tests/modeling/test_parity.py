@@ -98,7 +98,8 @@ def run(model, cfg):
         seen["outputs"] = model(batch)
     model.train()
     seed_everything()
-    # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls; its bits depend on how often it ran.
+    # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls, so that its bits depend on how
+    # often it has run.
     with torch.jit.optimized_execution(False):
         losses = model(random_batch(cfg))
         sum(losses.values()).backward()

@@ -57,7 +57,7 @@ def test_every_branch_gets_our_pooler_with_the_rule_of_the_config(cascade):
         assert pooler.levels == (2, 3, 4, 5)
         assert (pooler.assigner.canonical_box_size, pooler.assigner.canonical_level) == (100, 3)
         assert not list(pooler.parameters()) + list(pooler.buffers())
-    assert {branch: pooler.output_size[0] for branch, pooler in poolers.items()} == {"box": 7, "mask": 14, "keypoint": 14}
+    assert [pooler.output_size[0] for pooler in poolers.values()] == [7, 14, 14]
     assert not [m for m in heads.modules() if type(m) is ROIPooler]
 
 
