@@ -70,6 +70,19 @@ Tag: py3-none-any
 MISSING_EXTENSION = '''"""Stands where the compiled extension of Detectron2 would be; this build has none."""
 
 
+# Detectron2's environment report asks for these three.
+def get_compiler_version():
+    return "none (pure-Python build)"
+
+
+def get_cuda_version():
+    return "none (pure-Python build)"
+
+
+def has_cuda():
+    return False
+
+
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)

@@ -1,0 +1,47 @@
+# Everything starts here: `make help`. Each target sets up $(VENV) first, which takes no time once it is done.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+SEED ?= 1
+QUICKSTART = output/quickstart
+
+BIN = "$(VENV)/bin"
+# One thread per worker: two workers with all threads each get in each other's way.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
+
+.PHONY: help setup quickstart test test-all lint clean
+
+help:
+	@echo "make quickstart  make synthetic scenes, train a small detector on them, evaluate it, draw its detections"
+	@echo "make test        the tests, without the slow ones"
+	@echo "make test-all    the tests, all of them"
+	@echo "make lint        check the code's style"
+	@echo "make setup       only set up $(VENV) (every target above does so by itself)"
+	@echo "make clean       remove $(VENV), caches and the quickstart's output"
+	@echo
+	@echo "PYTHON=python3          the Python (3.10 or newer) that .venv is made with"
+	@echo "SEED=1                  of the quickstart's scenes and training"
+	@echo "VENV=/path/to/env       use this environment instead; its torch and Detectron2 are kept"
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on this machine: install Python 3.10 or" \
+		"newer, or name one, as in: make test PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m bootstrap --venv "$(VENV)"
+
+quickstart: setup
+	@$(VENV)/bin/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 --seed $(SEED) --overwrite
+	@$(VENV)/bin/python train_net.py --config-file configs/quick_schedules/quickstart.yaml OUTPUT_DIR $(QUICKSTART) SEED $(SEED)
+
+test: setup
+	@$(PYTEST) -m "not slow"
+
+test-all: setup
+	@$(PYTEST)
+
+lint: setup
+	@$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf .venv output/quickstart build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

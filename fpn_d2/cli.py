@@ -1,0 +1,81 @@
+"""The console script ``fpn-d2``: arguments for the functions of this package, and no logic of its own."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``fpn-d2 <verb> ...``.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if None.
+
+    Returns:
+        Exit code: 0, or 1 after a mistake in the arguments' values, which is told in one line.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"fpn-d2 {args.verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all verbs; each verb sets ``run``, which is called with the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="fpn-d2", description="Feature pyramids for Detectron2.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_scenes(verbs)
+    return parser
+
+
+def _add_scenes(verbs: argparse._SubParsersAction) -> None:
+    text = "Make synthetic detection scenes in COCO format."
+    parser = verbs.add_parser("scenes", help=text, description=text)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make; kept if complete")
+    parser.add_argument("--train", type=int, default=600, metavar="N", help="number of training scenes (%(default)s)")
+    parser.add_argument("--val", type=int, default=150, metavar="N", help="number of validation scenes (%(default)s)")
+    parser.add_argument(
+        "--image-size", type=int, default=256, metavar="PX", help="height and width of a scene (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same scenes (%(default)s)")
+    parser.add_argument(
+        "--min-size",
+        type=float,
+        default=12.0,
+        metavar="PX",
+        help="smallest object, square root of its box's area (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-size", type=float, metavar="PX", help="largest object, measured likewise; 0.7 of the image if not given"
+    )
+    parser.add_argument("--max-objects", type=int, default=8, metavar="N", help="most objects in a scene (%(default)s)")
+    parser.add_argument(
+        "--empty", type=float, default=0.05, metavar="SHARE", help="share of scenes without objects (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace scenes made with other parameters")
+    parser.set_defaults(run=_run_scenes)
+
+
+def _run_scenes(args: argparse.Namespace) -> None:
+    from .data.scenes import make_scenes
+
+    folder = make_scenes(
+        args.output,
+        train=args.train,
+        val=args.val,
+        image_size=args.image_size,
+        seed=args.seed,
+        min_size=args.min_size,
+        max_size=args.max_size,
+        max_objects=args.max_objects,
+        empty=args.empty,
+        overwrite=args.overwrite,
+    )
+    print(f"Scenes: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

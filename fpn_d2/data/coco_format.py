@@ -1,0 +1,255 @@
+"""Registers a user's own data sets, named in a configuration, with Detectron2.
+
+``DATASETS.COCO_FORMAT`` and ``DATASETS.VOC_FORMAT`` name files and folders; after ``register_from_config`` the names
+work in ``DATASETS.TRAIN`` and ``DATASETS.TEST`` like Detectron2's own, and Detectron2's ``COCOEvaluator`` gives its
+tables for both. The user's files are only read. Where COCO's tools need a mended or converted annotation file, it is
+written to ``<OUTPUT_DIR>/data_sets``.
+"""
+
+import codecs
+import difflib
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from .coco_check import check_coco
+from .paths import locate
+from .voc_format import read_voc
+
+logger = logging.getLogger(__name__)
+
+# Name -> (where its data come from, the state of those files and of the keys that matter): what this process knows.
+_registered: dict[str, tuple[tuple, tuple]] = {}
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Register the data sets of ``DATASETS.COCO_FORMAT`` and ``DATASETS.VOC_FORMAT`` in this process.
+
+    All of them are checked first-hand. Registering the same again does nothing; if the annotations have changed on
+    disk since, they are read again.
+
+    Args:
+        cfg: Configuration with the keys of ``add_fpn_d2_config``.
+
+    Raises:
+        FileNotFoundError: If a json, a folder or images are missing.
+        ValueError: If an entry or an annotation file is malformed, or a name stands for other data already.
+    """
+    seen: set[str] = set()
+    for key, fields, optional, register in (
+        ("COCO_FORMAT", ("NAME", "JSON", "IMAGES"), (), _register_coco),
+        ("VOC_FORMAT", ("NAME", "DIR", "SPLIT"), ("CLASSES",), _register_voc),
+    ):
+        for entry in _entries(cfg.DATASETS[key], f"DATASETS.{key}", fields, optional):
+            if entry["NAME"] in seen:
+                raise ValueError(f"DATASETS.COCO_FORMAT and VOC_FORMAT name the data set {entry['NAME']!r} twice.")
+            seen.add(entry["NAME"])
+            register(cfg, entry)
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """The classes of the data sets in ``DATASETS.TRAIN``, or of those in ``DATASETS.TEST`` if TRAIN is empty.
+
+    Data sets of ``DATASETS.COCO_FORMAT`` and ``VOC_FORMAT`` are registered on the way.
+
+    Args:
+        cfg: Configuration with the keys of ``add_fpn_d2_config``.
+
+    Returns:
+        The names in the order of the class indices; empty if no data set is named or if none of them has classes.
+
+    Raises:
+        ValueError: If a data set is unknown, or if the data sets, those for testing among them, do not agree.
+    """
+    register_from_config(cfg)
+    reference: tuple[str, list[str]] | None = None
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        _require_known(name)
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("thing_classes") is None and metadata.get("evaluator_type") != "sem_seg":
+            DatasetCatalog.get(name)  # registered in Python: the classes become known as it loads
+        classes = metadata.get("thing_classes")
+        if classes is None:
+            continue
+        if reference is None:
+            reference = (name, list(classes))
+        elif list(classes) != reference[1]:
+            raise ValueError(
+                f"The data sets {reference[0]!r} and {name!r} differ in their classes: "
+                + _difference(reference[1], list(classes))
+            )
+    return reference[1] if reference else []
+
+
+def _require_known(name: str) -> None:
+    known = DatasetCatalog.list()
+    if name not in known:
+        own = ", ".join(sorted(_registered)) or "none"
+        close = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"There is no data set {name!r}. "
+            + (f"Did you mean {close[0]!r}? " if close else "")
+            + f"Named in DATASETS.COCO_FORMAT or VOC_FORMAT: {own}."
+        )
+
+
+def _difference(first: list[str], second: list[str]) -> str:
+    only_first = [name for name in first if name not in second]
+    only_second = [name for name in second if name not in first]
+    if only_first or only_second:
+        return f"only the first has {_some(only_first)}, only the second {_some(only_second)}."
+    return f"the same names in another order or number, {_some(first)} and {_some(second)}."
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+
+
+def _entries(value: Any, key: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> list[dict]:
+    """The entries of one key as dictionaries, whatever way they were written."""
+    expected = f"[{', '.join(fields)}] or a dictionary with the keys {', '.join(fields)}" + (
+        f" and, if wanted, {', '.join(optional)}" if optional else ""
+    )
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{key}: expected a list of entries, each {expected}; got {value!r}.")
+    if value and all(isinstance(part, str) for part in value):
+        value = [value]  # a single entry without the outer list
+    entries = []
+    for entry in value:
+        if isinstance(entry, (list, tuple)) and len(entry) == len(fields):
+            entry = dict(zip(fields, entry, strict=True))
+        elif not isinstance(entry, dict):
+            raise ValueError(f"{key}: expected {expected}; got {entry!r}.")
+        entry = {str(name).upper(): part for name, part in entry.items()}
+        missing = [name for name in fields if name not in entry]
+        unknown = [name for name in entry if name not in fields + optional]
+        if missing or unknown:
+            raise ValueError(f"{key}: expected {expected}; missing are {missing}, unknown {unknown}.")
+        for name in fields:
+            if not isinstance(entry[name], str) or not entry[name]:
+                raise ValueError(f"{key}: expected text as {name}, got {entry[name]!r} in {entry}.")
+        entries.append(entry)
+    return entries
+
+
+def _register_coco(cfg: CfgNode, entry: dict) -> None:
+    name = entry["NAME"]
+    json_file = locate(entry["JSON"], f"the annotations of data set {name!r}")
+    image_folder = locate(entry["IMAGES"], f"the images of data set {name!r}", folder=True)
+    status = json_file.stat()
+
+    def read() -> Any:
+        try:
+            return json.loads(json_file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{json_file} is not valid json: {error}.") from error
+
+    with open(json_file, "rb") as file:
+        plain = file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8  # pycocotools stumbles over the mark
+    state = (status.st_mtime_ns, status.st_size)
+    _register(cfg, name, ("COCO", json_file), image_folder, state, read, json_file if plain else None)
+
+
+def _register_voc(cfg: CfgNode, entry: dict) -> None:
+    name, split, classes = entry["NAME"], entry["SPLIT"], entry.get("CLASSES")
+    if classes is not None and not (
+        isinstance(classes, (list, tuple)) and classes and all(isinstance(c, str) for c in classes)
+    ):
+        raise ValueError(f"DATASETS.VOC_FORMAT: expected a list of names as CLASSES of {name!r}, got {classes!r}.")
+    classes = list(classes) if classes else None
+    folder = locate(entry["DIR"], f"data set {name!r}", folder=True)
+    files = [folder / "ImageSets" / "Main" / f"{split}.txt", *sorted((folder / "Annotations").glob("*.xml"))]
+    state = tuple(file.stat().st_mtime_ns for file in files if file.is_file())
+    source = ("VOC", folder, split, tuple(classes or ()))
+    _register(cfg, name, source, folder / "JPEGImages", state, lambda: read_voc(folder, split, classes), None)
+
+
+def _register(
+    cfg: CfgNode, name: str, source: tuple, image_folder: Path, state: tuple, read: Any, json_file: Path | None
+) -> None:
+    """Register one data set unless it is registered already.
+
+    Args:
+        cfg: The configuration.
+        name: Name of the data set.
+        source: What identifies the data set.
+        image_folder: Where its images lie.
+        state: What changes when the annotations change.
+        read: Function that returns the annotations as the content of a COCO-format json.
+        json_file: File that holds just that and that COCO's tools can read; None if there is none yet.
+    """
+    source = (*source, image_folder)
+    training = name in cfg.DATASETS.TRAIN
+    masks = bool(cfg.MODEL.MASK_ON)
+    polygons_only = masks and training and cfg.INPUT.MASK_FORMAT == "polygon"
+    state = (*state, training, masks, polygons_only)
+    if name in _registered and name in DatasetCatalog.list():
+        known_source, known_state = _registered[name]
+        if known_source != source:
+            raise ValueError(
+                f"The data set name {name!r} stands for {_words(known_source)} already; "
+                f"give {_words(source)} another name."
+            )
+        if known_state == state and os.path.isfile(MetadataCatalog.get(name).json_file):
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    elif name in DatasetCatalog.list():
+        raise ValueError(f"The data set name {name!r} is taken by Detectron2 or your own code; choose another one.")
+
+    data = read()
+    shown = str(json_file or source[1])
+    notes, warnings = check_coco(
+        data, shown, image_folder, need_annotations=training, masks=masks, polygons_only=polygons_only
+    )
+    for warning in warnings:
+        logger.warning(warning)
+    if notes or warnings or json_file is None:
+        json_file = _write(data, cfg.OUTPUT_DIR, name)
+        logger.info("%s: uses the copy %s (%s)", shown, json_file, "; ".join(notes) or "converted")
+    categories = sorted(data["categories"], key=lambda category: category["id"])
+    metadata = {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(categories)},
+        **_keypoint_metadata(categories),
+    }
+    register_coco_instances(name, metadata, str(json_file), str(image_folder))
+    _registered[name] = (source, state)
+
+
+def _words(source: tuple) -> str:
+    return " ".join(str(part) for part in source[1:] if part)
+
+
+def _keypoint_metadata(categories: list[dict]) -> dict:
+    """The names of the keypoints, if a category lists any, and the pairs that a flip swaps, for Detectron2."""
+    names = next((category["keypoints"] for category in categories if category.get("keypoints")), None)
+    if not names:
+        return {}
+    pairs = [(name, name.replace("left", "right", 1)) for name in names if "left" in name]
+    return {"keypoint_names": list(names), "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
+
+
+def _write(data: dict, output_dir: str, name: str) -> Path:
+    """Write a json in one step, so that processes that do the same at the same time do not disturb one another."""
+    folder = Path(os.path.abspath(output_dir)) / "data_sets"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / (re.sub(r"[^\w.-]", "_", name) + ".json")
+    handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file)
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return target

@@ -1,0 +1,24 @@
+"""Training and evaluation: the trainer, its configuration, its checkpoints, and the processes that it runs in."""
+
+from .checkpoint import ReportingCheckpointer
+from .config_loading import load_config
+from .errors import UserError, user_mistakes_end_the_program
+from .evaluators import build_evaluator
+from .launch import launch
+from .pictures import draw_detections
+from .results import results_table
+from .run import run
+from .trainer import Trainer
+
+__all__ = [
+    "ReportingCheckpointer",
+    "Trainer",
+    "UserError",
+    "build_evaluator",
+    "draw_detections",
+    "launch",
+    "load_config",
+    "results_table",
+    "run",
+    "user_mistakes_end_the_program",
+]

@@ -1,0 +1,149 @@
+"""Checks before any work starts: names of components and data sets, files of the data, the weight file."""
+
+import os
+from collections.abc import Iterable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+
+from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY
+
+from .errors import UserError, did_you_mean, not_found
+
+# Registry names that each of Detectron2's own meta-architectures reads; others may read anything.
+_READ_BY = {
+    "GeneralizedRCNN": ("PROPOSALS", "ROI"),
+    "ProposalNetwork": ("PROPOSALS",),
+    "PanopticFPN": ("PROPOSALS", "ROI", "SEM_SEG"),
+    "SemanticSegmentor": ("SEM_SEG",),
+    "RetinaNet": ("ANCHORS",),
+}
+_OPTIONS = {
+    "MODEL.PARTIAL_WEIGHTS": ("auto", "allow", "refuse"),
+    "SOLVER.AMP.DTYPE": ("auto", "float16", "bfloat16"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+}
+
+
+def check_names(cfg: CfgNode) -> None:
+    """Check every name in the configuration that stands for a component, an option or a data set.
+
+    Raises:
+        UserError: Names what exists nearest to it.
+    """
+    for key, choices in _OPTIONS.items():
+        _check(key, _value(cfg, key), choices, list_all=True)
+    _check_components(cfg)
+    known = DatasetCatalog.list()
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        for name in _value(cfg, key):
+            if name not in known:
+                raise UserError(
+                    f"{key} names {name!r}, which is no registered data set{did_you_mean(name, known)}. Sets of your "
+                    "own are named in DATASETS.COCO_FORMAT or DATASETS.VOC_FORMAT"
+                )
+
+
+def _check_components(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    _check("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, _names(META_ARCH_REGISTRY))
+    _check("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, _names(BACKBONE_REGISTRY))
+    if model.BACKBONE.NAME == "build_fpn_backbone":
+        _check("MODEL.FPN.BOTTOM_UP", model.FPN.BOTTOM_UP, _names(BACKBONE_REGISTRY))
+        _check("MODEL.FPN.NECK", model.FPN.NECK, _names(NECK_REGISTRY), list_all=True)
+    read = _READ_BY.get(model.META_ARCHITECTURE, ())
+    if "PROPOSALS" in read:
+        _check(
+            "MODEL.PROPOSAL_GENERATOR.NAME",
+            model.PROPOSAL_GENERATOR.NAME,
+            [*_names(PROPOSAL_GENERATOR_REGISTRY), "PrecomputedProposals"],
+            list_all=True,
+        )
+        if model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
+            _check("MODEL.RPN.HEAD_NAME", model.RPN.HEAD_NAME, _names(RPN_HEAD_REGISTRY), list_all=True)
+            read = (*read, "ANCHORS")
+    if "ANCHORS" in read:
+        _check("MODEL.ANCHOR_GENERATOR.NAME", model.ANCHOR_GENERATOR.NAME, _names(ANCHOR_GENERATOR_REGISTRY), True)
+    if "ROI" in read:
+        _check("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, _names(ROI_HEADS_REGISTRY), list_all=True)
+        if model.ROI_HEADS.NAME.startswith("FPN"):
+            _check("MODEL.ROI_LEVEL_ASSIGN.NAME", model.ROI_LEVEL_ASSIGN.NAME, _names(LEVEL_ASSIGN_REGISTRY), True)
+        if model.ROI_BOX_HEAD.NAME:  # empty for the heads that have none, as Res5ROIHeads
+            _check("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, _names(ROI_BOX_HEAD_REGISTRY), list_all=True)
+        if model.MASK_ON:
+            _check("MODEL.ROI_MASK_HEAD.NAME", model.ROI_MASK_HEAD.NAME, _names(ROI_MASK_HEAD_REGISTRY), True)
+        if model.KEYPOINT_ON:
+            _check(
+                "MODEL.ROI_KEYPOINT_HEAD.NAME", model.ROI_KEYPOINT_HEAD.NAME, _names(ROI_KEYPOINT_HEAD_REGISTRY), True
+            )
+    if "SEM_SEG" in read:
+        _check("MODEL.SEM_SEG_HEAD.NAME", model.SEM_SEG_HEAD.NAME, _names(SEM_SEG_HEADS_REGISTRY), list_all=True)
+
+
+def _names(registry: Iterable) -> list[str]:
+    return [name for name, _ in registry]
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _check(key: str, name: str, choices: Iterable[str], list_all: bool = False) -> None:
+    choices = sorted(choices)
+    if name in choices:
+        return
+    there = f"; there are {', '.join(choices)}" if list_all else ""
+    raise UserError(f"{key} is {name!r}, which does not exist{did_you_mean(str(name), choices)}{there}")
+
+
+def check_data_files(cfg: CfgNode, *, train: bool) -> None:
+    """Check that the annotation files and image folders of the data sets are there.
+
+    Args:
+        cfg: The configuration; its data sets are registered.
+        train: Whether DATASETS.TRAIN is used as well as DATASETS.TEST.
+
+    Raises:
+        UserError: Says what was looked for and where, and how Detectron2 finds the folder of its builtin sets.
+    """
+    if train and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
+    if not train and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name the data sets to evaluate on")
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        for what, present in (("json_file", os.path.isfile), ("image_root", os.path.isdir), ("dirname", os.path.isdir)):
+            path = metadata.get(what, None)
+            if not path or "://" in path or present(path):
+                continue
+            hint = ""
+            if not os.path.isabs(path):
+                hint = ". The folder of Detectron2's builtin sets is named by the environment variable " + (
+                    f"DETECTRON2_DATASETS, now {os.environ.get('DETECTRON2_DATASETS', 'unset: ./datasets')}"
+                )
+            raise UserError(f"data set {name}: its {what} does not exist: {not_found(path)}{hint}")
+
+
+def check_weight_file(path: str) -> None:
+    """Check that ``path`` (MODEL.WEIGHTS) is a file, unless it is empty or an address as ``detectron2://...``.
+
+    Raises:
+        UserError: Says what was looked for and where.
+    """
+    file = path.split("?", 1)[0]  # Detectron2's main branch reads options after the question mark
+    if file and "://" not in file and not os.path.isfile(os.path.expanduser(file)):
+        raise UserError(f"MODEL.WEIGHTS: no file {file}: {not_found(file)}")

@@ -1,0 +1,75 @@
+"""Mistakes of the user: one exception for them, the words for them, and the way out of a program that meets one."""
+
+import contextlib
+import difflib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+
+
+class UserError(ValueError):
+    """Something that the user asked for cannot be: its text is one sentence that says what to do instead."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str], most: int = 3) -> str:
+    """Phrase that names the candidates nearest to ``name``: " (did you mean X or Y?)", or "" where none is near.
+
+    Letters count without their case, and for dotted names the last part counts by itself too, so that a key in the
+    wrong section is found.
+    """
+
+    def likeness(candidate: str) -> float:
+        def ratio(a: str, b: str) -> float:
+            return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
+
+        whole = ratio(name, candidate)
+        if "." not in name and "." not in candidate:
+            return whole
+        tail = ratio(name.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1])
+        return max(whole, 0.5 * (whole + tail))
+
+    scored = sorted(((likeness(c), c) for c in set(candidates)), key=lambda pair: (-pair[0], pair[1]))
+    near = [c for score, c in scored[:most] if score >= max(0.65, scored[0][0] - 0.1)]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def not_found(path: str) -> str:
+    """Phrase for a file or folder that is not there: where it was looked for, and what lies near that name."""
+    full = os.path.abspath(os.path.expanduser(path))
+    folder = os.path.dirname(full)
+    if os.path.isdir(folder):
+        hint = did_you_mean(os.path.basename(full), os.listdir(folder))
+        return f"looked for {full}{hint}"
+    while folder and not os.path.isdir(folder):
+        full, folder = folder, os.path.dirname(folder)
+    hint = did_you_mean(os.path.basename(full), os.listdir(folder))
+    return f"looked for {os.path.abspath(os.path.expanduser(path))}, but {folder} has no {os.path.basename(full)}{hint}"
+
+
+@contextlib.contextmanager
+def user_mistakes_end_the_program() -> Iterator[None]:
+    """Within this context a mistake of the user ends the program with one line on stderr and exit status 2.
+
+    It is meant for the set-up alone: reading the configuration, building the model and the loaders, loading weights.
+    A mistake of the user is a `ValueError`, `TypeError` or `FileNotFoundError` raised by a line of fpn_d2. The same
+    errors out of other libraries are bugs until proven otherwise and keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if not _raised_in_fpn_d2(error):
+            raise
+        logging.getLogger("fpn_d2.traceback").debug("".join(traceback.format_exception(error)))
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _raised_in_fpn_d2(error: BaseException) -> bool:
+    if isinstance(error, UserError):
+        return True
+    last = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        last = frame
+    return last is not None and last.f_globals.get("__name__", "").split(".")[0] == "fpn_d2"

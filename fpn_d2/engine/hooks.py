@@ -1,0 +1,189 @@
+"""Hooks of the trainer: validation loss, best checkpoint, an orderly stop."""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import BEST_MODEL, ReportingCheckpointer, write_atomically
+from .errors import UserError
+from .precision import autocast
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationLoss(HookBase):
+    """Every TEST.VAL_LOSS_PERIOD iterations, the mean losses over the images of DATASETS.TEST.
+
+    They are the losses of training, on images prepared as for testing, with the same random choices (which anchors
+    and proposals are sampled) each time, so that the curve shows the model's change alone. They are logged as
+    ``val_total_loss``, ``val_loss_cls``, ... Training goes on as if nothing had been computed: the forward passes run
+    in a copy of the model, and the random states are put back.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Raises:
+            UserError: A test set has no annotations.
+        """
+        self._cfg = cfg
+        for name in cfg.DATASETS.TEST:
+            if not any(r.get("annotations") or "sem_seg_file_name" in r for r in DatasetCatalog.get(name)):
+                raise UserError(f"TEST.VAL_LOSS_PERIOD needs annotations, but data set {name} has none: set it to 0")
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._cfg.TEST.VAL_LOSS_PERIOD == 0 or done == self.trainer.max_iter:
+            losses = validation_losses(self._cfg, self.trainer.model)
+            if comm.is_main_process():
+                self.trainer.storage.put_scalars(
+                    smoothing_hint=False, **{f"val_{name}": value for name, value in losses.items()}
+                )
+                logger.info("Validation loss after %d iterations: %.4f", done, losses["total_loss"])
+
+
+def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Mean over the images of DATASETS.TEST of each training loss, and their sum as ``total_loss``.
+
+    Args:
+        cfg: The configuration.
+        model: The model, or its distributed wrapper; neither it nor any random state changes.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)):
+            module.eval()
+    mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False), recompute_boxes=False)
+    sums: dict[str, float] = {}
+    count = 0
+    # Losses also write to the event storage; a scratch one takes that. Iteration 1 is no multiple of a VIS_PERIOD.
+    with _same_random_numbers(), torch.no_grad(), EventStorage(1):
+        for name in cfg.DATASETS.TEST:
+            for batch in build_detection_test_loader(cfg, name, mapper=mapper):
+                with autocast(cfg):
+                    losses = model(batch)
+                for key, value in losses.items():
+                    sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
+                count += len(batch)
+    gathered = comm.gather((sums, count))
+    images = max(1, sum(n for _, n in gathered))
+    keys = {key: None for part, _ in gathered for key in part}
+    mean = {key: sum(part.get(key, 0.0) for part, _ in gathered) / images for key in keys}
+    return {"total_loss": sum(mean.values()), **mean}
+
+
+@contextlib.contextmanager
+def _same_random_numbers(seed: int = 0) -> Iterator[None]:
+    """Seed every random number generator that training uses, and put the states back at the end."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the checkpoint with the highest value so far of a metric, as ``model_best.pth``.
+
+    Detectron2's own hook forgets the best value when a training is resumed. This one writes it to
+    ``model_best.json`` beside the checkpoint. It goes after the hook that evaluates.
+    """
+
+    def __init__(self, metric: str, period: int, checkpointer: ReportingCheckpointer):
+        """
+        Args:
+            metric: Name in the event storage, as "bbox/AP".
+            period: Iterations between two evaluations; 0: only the one at the end.
+            checkpointer: Saves the model.
+        """
+        self._metric = metric
+        self._period = period
+        self._checkpointer = checkpointer
+        self._record = os.path.join(checkpointer.save_dir, f"{BEST_MODEL}.json")
+        self._best = -math.inf
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 and os.path.isfile(self._record):
+            with open(self._record) as f:
+                record = json.load(f)
+            if record["metric"] == self._metric:
+                self._best = record["value"]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._consider(done)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._consider(self.trainer.max_iter)
+
+    def _consider(self, done: int) -> None:
+        latest = self.trainer.storage.latest()
+        if self._metric not in latest:
+            measured = sorted(k for k in latest if "/AP" in k or "/AR" in k or "/PQ" in k or "/mIoU" in k)
+            logger.warning(
+                "TEST.BEST_METRIC %s was not measured, so %s.pth is not kept; there are: %s",
+                self._metric, BEST_MODEL, ", ".join(measured[:12]) or "none",
+            )
+            return
+        value, _ = latest[self._metric]
+        if not math.isfinite(value) or value <= self._best:
+            return
+        self._best = value
+        self._checkpointer.save(BEST_MODEL, iteration=done - 1)
+        write_atomically(self._record, json.dumps({"metric": self._metric, "value": value, "iterations": done}))
+        logger.info("Best so far: %s %.2f after %d iterations, kept as %s.pth", self._metric, value, done, BEST_MODEL)
+
+
+class StopOnInterrupt(HookBase):
+    """On Ctrl-C, finishes the iteration, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self, checkpointer: ReportingCheckpointer):
+        self._checkpointer = checkpointer
+        self._asked = False
+        self._previous: Callable | int | None = None
+
+    def before_train(self) -> None:
+        with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        logger.info("Ctrl-C: stopping after this iteration (once more: at once)")
+
+    def after_step(self) -> None:
+        if self._asked:
+            iteration = self.trainer.iter
+            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            raise KeyboardInterrupt
+
+    def after_train(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)

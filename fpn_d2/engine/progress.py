@@ -1,0 +1,101 @@
+"""What the terminal shows: a progress bar, and those log lines that a person wants to read."""
+
+import logging
+import sys
+import warnings
+from typing import TextIO
+
+from detectron2.engine import HookBase
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+# Lines with losses: a bar shows what they say.
+_LOSSES = "detectron2.utils.events"
+# What else of Detectron2 goes to the terminal; all of it goes to the log file.
+_SHOWN = (_LOSSES, "detectron2.engine.train_loop", "detectron2.engine.hooks", "detectron2.evaluation.evaluator")
+
+
+def has_terminal() -> bool:
+    """Whether stderr, where the bar is drawn, is a terminal."""
+    return sys.stderr.isatty()
+
+
+class ProgressBar(HookBase):
+    """Progress bar with the losses (medians of 20 iterations), the learning rate and the time left, on stderr."""
+
+    def __init__(self, file: TextIO | None = None):
+        """
+        Args:
+            file: Where to draw; by default stderr.
+        """
+        self._file = file
+        self._bar: tqdm | None = None
+
+    def before_train(self) -> None:
+        self._bar = tqdm(
+            total=self.trainer.max_iter,
+            initial=self.trainer.start_iter,
+            unit="it",
+            file=self._file or sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def after_step(self) -> None:
+        storage = self.trainer.storage
+        shown = {}
+        for name, history in storage.histories().items():
+            if "loss" in name:
+                smooth = storage.smoothing_hints()[name]
+                shown[name.replace("loss_", "")] = f"{history.median(20) if smooth else history.latest():.3g}"
+        latest = storage.latest()
+        if "lr" in latest:
+            shown["lr"] = f"{latest['lr'][0]:.2g}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)
+
+    def after_train(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def set_up_logging(output_dir: str, rank: int) -> None:
+    """Send everything to ``log.txt`` in ``output_dir``, and to the terminal what fits there.
+
+    On the terminal, Detectron2's environment, configuration, model and loader reports are left out, and its lines
+    with losses too where there is a progress bar. Warnings are always shown.
+    """
+    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # Detectron2's anchors; nothing to act on
+    # The same calls as in Detectron2's default_setup: setup_logger remembers them and adds no second handler.
+    libraries = [
+        setup_logger(output_dir, distributed_rank=rank, name="fvcore"),
+        setup_logger(output_dir, distributed_rank=rank),
+    ]
+    ours = setup_logger(output_dir, distributed_rank=rank, name="fpn_d2")
+    for log in [*libraries, ours]:
+        for handler in log.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(_BesideTheBar(sys.stdout))
+                handler.setLevel(logging.INFO)
+                if log is not ours:
+                    handler.addFilter(_fits_the_terminal)
+
+
+def _fits_the_terminal(record: logging.LogRecord) -> bool:
+    if record.levelno > logging.INFO:
+        return True
+    return record.name in _SHOWN and not (record.name == _LOSSES and has_terminal())
+
+
+class _BesideTheBar:
+    """A stream, with a bar that is being drawn moved out of the way of each line."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with tqdm.external_write_mode(file=self._stream):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()

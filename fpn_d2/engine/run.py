@@ -1,0 +1,104 @@
+"""What train_net.py does in each process: train or evaluate, then show the results."""
+
+import argparse
+import logging
+import os
+import sys
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from fpn_d2.data import register_from_config
+
+from .checkpoint import ReportingCheckpointer
+from .checks import check_data_files, check_weight_file
+from .errors import UserError, user_mistakes_end_the_program
+from .pictures import draw_detections
+from .precision import amp_dtype
+from .progress import set_up_logging
+from .results import ap50, results_table
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
+    """Train, or evaluate with ``--eval-only``, and print the results and where the picture is.
+
+    Args:
+        args: Detectron2's command line; ``resume`` and ``eval_only`` are read.
+        cfg: The configuration, as from `load_config`.
+
+    Returns:
+        The results of the last evaluation; empty in all processes but the first.
+    """
+    with user_mistakes_end_the_program():
+        register_from_config(cfg)  # a spawned process starts without the user's data sets
+        check_data_files(cfg, train=not args.eval_only)
+        if not args.resume:
+            check_weight_file(cfg.MODEL.WEIGHTS)
+        amp_dtype(cfg)
+        _check_batch(cfg)
+        cfg.freeze()
+        set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
+        default_setup(cfg, args)
+        if args.eval_only:
+            model = Trainer.build_model(cfg)
+            ReportingCheckpointer(
+                model, save_dir=cfg.OUTPUT_DIR, partial_weights=cfg.MODEL.PARTIAL_WEIGHTS, whole=True
+            ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            model = trainer.model
+    results = _evaluate(cfg, model) if args.eval_only else _train(trainer)
+    if comm.is_main_process():
+        _show(cfg, model, results)
+    return results
+
+
+def _check_batch(cfg: CfgNode) -> None:
+    processes = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % processes and not cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share equally: "
+            f"set it to a multiple of {processes}"
+        )
+
+
+def _evaluate(cfg: CfgNode, model: object) -> dict:
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def _train(trainer: Trainer) -> dict:
+    try:
+        return trainer.train()
+    except KeyboardInterrupt:
+        last = trainer.checkpointer.get_checkpoint_file() if trainer.checkpointer.has_checkpoint() else ""
+        print(
+            f"Stopped. The last checkpoint is {last}; the same command with --resume goes on from it."
+            if last
+            else "Stopped before the first checkpoint was saved.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def _show(cfg: CfgNode, model: object, results: dict) -> None:
+    if not cfg.DATASETS.TEST:
+        return
+    logger.info("Results in percent:\n%s", results_table(cfg, results))
+    line = f"AP50 {ap50(cfg, results):.1f}"
+    if cfg.TEST.PICTURE_IMAGES > 0:
+        path = os.path.join(cfg.OUTPUT_DIR, "detections.png")
+        draw_detections(cfg, model, cfg.DATASETS.TEST[0], path)
+        line += f"  picture: {path}"
+    logging.getLogger("fpn_d2.summary").debug(line)
+    print(line, flush=True)

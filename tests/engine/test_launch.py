@@ -1,0 +1,57 @@
+"""Processes: one, two on a CPU, and what they say when something is wrong."""
+
+import pytest
+import torch
+
+from fpn_d2.engine import Trainer, launch
+from fpn_d2.engine.hooks import validation_losses
+
+from . import two_processes
+from .small import small_config
+
+
+def test_one_process_is_this_one():
+    called = []
+    launch(called.append, 1, args=(3,), device="cpu")
+    assert called == [3]
+
+
+def test_two_processes_on_a_cpu_train_one_model(tmp_path, scenes):
+    cfg = small_config(tmp_path, scenes, "SOLVER.MAX_ITER", 2, "MODEL.DEVICE", "cpu", "TEST.VAL_LOSS_PERIOD", 2,
+                       "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SEED", 5)
+    launch(two_processes.train, 2, args=(cfg, str(tmp_path)), dist_url="auto", device="cpu")
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=False) for rank in (0, 1))
+    assert first["backend"] == second["backend"] == "gloo"
+    assert (first["local"], second["local"]) == ((0, 2), (1, 2))
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    gradients = {name: g for name, g in first["gradients"].items() if g is not None}
+    assert len(gradients) > 50
+    assert all(torch.equal(g, second["gradients"][name]) for name, g in gradients.items())
+    # Each batch of two is shared, so the processes see different images.
+    trained_on = [[f for f in rank["seen"] if "/train/" in f] for rank in (first, second)]
+    assert len(trained_on[0]) == len(trained_on[1]) == 2
+    assert trained_on[0] != trained_on[1]
+    # The images of the evaluation are shared too.
+    assert sorted(f for rank in (first, second) for f in rank["seen"] if "/val/" in f) == sorted(
+        str(f) for f in (scenes / "images" / "val").iterdir()
+    )
+    # All results are with the first process; the evaluation saw the images of both.
+    assert first["results"]["bbox"].keys() >= {"AP", "AP50"}
+    assert second["results"] == {}
+    # The losses over all images are those of one process.
+    model = Trainer.build_model(cfg)
+    model.load_state_dict(first["weights"])
+    alone = validation_losses(cfg, model)
+    assert first["val"].keys() == alone.keys()
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_user_in_a_process_ends_the_program_with_its_status():
+    with pytest.raises(SystemExit) as end:
+        launch(two_processes.mistake, 2, device="cpu")
+    assert end.value.code == 2
+
+
+def test_several_machines_need_an_address():
+    with pytest.raises(ValueError, match="--dist-url"):
+        launch(print, 2, num_machines=2, dist_url="auto", device="cpu")

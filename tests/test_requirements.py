@@ -1,0 +1,85 @@
+"""What pip may install with us, and what ``import fpn_d2`` says about what pip may not."""
+
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+import types
+
+import pytest
+
+from fpn_d2 import _requirements
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """The keywords that setup.py hands to setuptools."""
+    keywords = {}
+    setuptools = types.ModuleType("setuptools")
+    setuptools.find_packages = lambda **_: []
+    setuptools.setup = keywords.update
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    runpy.run_path(str(REPOSITORY / "setup.py"))
+    return keywords
+
+
+def test_pip_install_touches_no_torch_detectron2_or_opencv(metadata):
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in metadata["install_requires"]}
+    assert names == {"numpy", "pillow", "matplotlib", "pycocotools", "tqdm"}
+    tools = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in metadata["extras_require"]["test"]}
+    assert not tools & {"torch", "torchvision", "detectron2", "opencv-python", "opencv-python-headless"}
+
+
+def import_fpn_d2(folder: pathlib.Path, modules: dict) -> str:
+    """Import fpn_d2 where ``modules`` (name: source) stand before the real ones; return the error's last line."""
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
+    result = subprocess.run(
+        [sys.executable, "-c", "import fpn_d2"], env=environment, cwd=folder, text=True, capture_output=True
+    )
+    assert result.returncode == 1
+    return result.stderr.splitlines()[-1]
+
+
+NEW = "__version__ = '99.0'\n"
+GOOD = {"torch": NEW, "torchvision": NEW, "cv2": NEW}
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"torch": "__version__ = '1.13.1+cu117'"}, "fpn_d2 needs torch 2.0 or newer, found 1.13.1+cu117: "),
+        ({"torch": "raise ModuleNotFoundError(name='torch')"}, "fpn_d2 needs torch 2.0 or newer, found none: "),
+        (GOOD | {"torchvision": "__version__ = '0.9'"}, "fpn_d2 needs torchvision 0.15 or newer, found 0.9: "),
+        (
+            GOOD | {"torchvision": "raise RuntimeError('operator torchvision::nms does not exist')"},
+            "fpn_d2 needs torchvision 0.15 or newer, found one that cannot be imported (operator torchvision::nms does",
+        ),
+        (GOOD | {"cv2": "raise ModuleNotFoundError(name='cv2')"}, "fpn_d2 needs OpenCV 4.0 or newer, found none: "),
+        (GOOD | {"detectron2": "__version__ = '0.5'"}, "fpn_d2 needs Detectron2 0.6 or newer, found 0.5: "),
+        (
+            GOOD | {"detectron2": "raise ModuleNotFoundError(name='detectron2')"},
+            "fpn_d2 needs Detectron2 0.6 or newer, found none: run `make setup`",
+        ),
+    ],
+)
+def test_a_missing_broken_or_old_one_is_one_clear_import_error(tmp_path, modules, message):
+    assert import_fpn_d2(tmp_path, modules).startswith(f"ImportError: {message}")
+
+
+def test_versions_are_compared_as_numbers(monkeypatch):
+    module = types.ModuleType("some_module")
+    monkeypatch.setitem(sys.modules, "some_module", module)
+    requirement = (("some_module", "Some", (0, 6), "do it"),)
+    for version in ("0.6", "0.10", "0.6+cpu", "1.0a1", None):  # None: Detectron2 while it is itself being imported
+        module.__version__ = version
+        _requirements.check(requirement)
+    for version in ("0.5.9", "0.5+cu118"):
+        module.__version__ = version
+        with pytest.raises(ImportError, match=re.escape(f"found {version}: do it")):
+            _requirements.check(requirement)
