@@ -18,7 +18,7 @@ help:
 	@echo "make test-all    the tests, all of them"
 	@echo "make lint        check the code's style"
 	@echo "make setup       only set up $(VENV) (every target above does so by itself)"
-	@echo "make clean       remove $(VENV), caches and the quickstart's output"
+	@echo "make clean       remove .venv, caches and the quickstart's output"
 	@echo
 	@echo "PYTHON=python3          the Python (3.10 or newer) that .venv is made with"
 	@echo "SEED=1                  of the quickstart's scenes and training"
@@ -30,8 +30,8 @@ setup:
 	@$(PYTHON) -m bootstrap --venv "$(VENV)"
 
 quickstart: setup
-	@$(VENV)/bin/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 --seed $(SEED) --overwrite
-	@$(VENV)/bin/python train_net.py --config-file configs/quick_schedules/quickstart.yaml OUTPUT_DIR $(QUICKSTART) SEED $(SEED)
+	@$(BIN)/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 --seed $(SEED) --overwrite
+	@$(BIN)/python train_net.py --config-file configs/quick_schedules/quickstart.yaml OUTPUT_DIR $(QUICKSTART) SEED $(SEED)
 
 test: setup
 	@$(PYTEST) -m "not slow"

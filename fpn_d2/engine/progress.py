@@ -1,6 +1,7 @@
 """What the terminal shows: a progress bar, and those log lines that a person wants to read."""
 
 import logging
+import os
 import sys
 import warnings
 from typing import TextIO
@@ -16,8 +17,11 @@ _SHOWN = (_LOSSES, "detectron2.engine.train_loop", "detectron2.engine.hooks", "d
 
 
 def has_terminal() -> bool:
-    """Whether stderr, where the bar is drawn, is a terminal."""
-    return sys.stderr.isatty()
+    """Whether stderr, where the bar is drawn, is a terminal with rows and columns."""
+    try:
+        return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    except OSError:
+        return False
 
 
 class ProgressBar(HookBase):
@@ -37,22 +41,29 @@ class ProgressBar(HookBase):
             initial=self.trainer.start_iter,
             unit="it",
             file=self._file or sys.stderr,
+            bar_format="{l_bar}{bar:20}{r_bar}",
             dynamic_ncols=True,
             mininterval=0.5,
         )
 
     def after_step(self) -> None:
         storage = self.trainer.storage
-        shown = {}
-        for name, history in storage.histories().items():
-            if "loss" in name:
-                smooth = storage.smoothing_hints()[name]
-                shown[name.replace("loss_", "")] = f"{history.median(20) if smooth else history.latest():.3g}"
-        latest = storage.latest()
+        latest = {name: value for name, (value, _) in storage.latest().items()}
+        losses = {
+            name.replace("loss_", ""): f"{history.median(20):.3g}"
+            for name, history in storage.histories().items()
+            if "loss" in name and not name.startswith("val_")
+        }
+        # The most wanted first: a narrow terminal cuts off the end.
+        shown = {"loss": losses.pop("total_loss", "?")}
+        if "val_total_loss" in latest:
+            shown["val"] = f"{latest['val_total_loss']:.3g}"
         if "lr" in latest:
-            shown["lr"] = f"{latest['lr'][0]:.2g}"
-        self._bar.set_postfix(shown, refresh=False)
+            shown["lr"] = f"{latest['lr']:.2g}"
+        self._bar.set_postfix({**shown, **losses}, refresh=False)
         self._bar.update(1)
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            self._bar.close()  # before the evaluation's lines
 
     def after_train(self) -> None:
         if self._bar is not None:

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's `DefaultTrainer` with what issue-free training on any machine needs.
+    """Detectron2's `DefaultTrainer`, on GPUs and on CPUs.
 
-    Beyond the inherited: processes on CPUs, bfloat16, checkpoints that report what they loaded and hold the optimizer
-    on every version of Detectron2, validation loss, best checkpoint, progress bar, test-time augmentation.
+    Beyond the inherited: several processes on CPUs, bfloat16, checkpoints that report what they loaded and hold the
+    optimizer on every version of Detectron2, validation loss, best checkpoint, progress bar, test-time augmentation.
     """
 
     def __init__(self, cfg: CfgNode):

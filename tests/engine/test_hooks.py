@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from fpn_d2.engine import Trainer, UserError
@@ -30,7 +31,7 @@ class _Watch(HookBase):
 
 
 def _trained(cfg, more_hooks=()):
-    torch.manual_seed(0)
+    seed_all_rng(0)
     trainer = Trainer(cfg)
     trainer.register_hooks(list(more_hooks))
     trainer.resume_or_load(resume=False)
