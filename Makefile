@@ -30,7 +30,8 @@ setup:
 	@$(PYTHON) -m bootstrap --venv "$(VENV)"
 
 quickstart: setup
-	@$(BIN)/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 --seed $(SEED) --overwrite
+	@$(BIN)/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 \
+		--max-objects 10 --own-colour 1.0 --seed $(SEED) --overwrite
 	@$(BIN)/python train_net.py --config-file configs/quick_schedules/quickstart.yaml OUTPUT_DIR $(QUICKSTART) SEED $(SEED)
 
 test: setup

@@ -6,9 +6,20 @@
         MODEL.WEIGHTS output/quickstart/model_best.pth
 """
 
-from detectron2.engine import default_argument_parser
+import sys
+import warnings
 
-from fpn_d2.engine import launch, load_config, run, user_mistakes_end_the_program
+# Of Detectron2's own code, at import; nothing that a user could change.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+
+try:
+    import fpn_d2  # noqa: F401  first: it says in one sentence what is missing
+except ImportError as error:
+    sys.exit(f"error: {error}")
+
+from detectron2.engine import default_argument_parser  # noqa: E402
+
+from fpn_d2.engine import launch, load_config, run, user_mistakes_end_the_program  # noqa: E402
 
 
 def main() -> None:

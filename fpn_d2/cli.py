@@ -55,6 +55,13 @@ def _add_scenes(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--empty", type=float, default=0.05, metavar="SHARE", help="share of scenes without objects (%(default)s)"
     )
+    parser.add_argument(
+        "--own-colour",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of objects that have the colour of their class (%(default)s: only the shape tells the class)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace scenes made with other parameters")
     parser.set_defaults(run=_run_scenes)
 
@@ -72,6 +79,7 @@ def _run_scenes(args: argparse.Namespace) -> None:
         max_size=args.max_size,
         max_objects=args.max_objects,
         empty=args.empty,
+        own_colour=args.own_colour,
         overwrite=args.overwrite,
     )
     print(f"Scenes: {folder}")

@@ -21,7 +21,7 @@ from . import textures
 from .shapes import SHAPES, render
 
 # Written into every set of scenes; raise it whenever the same parameters give other pixels or annotations.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 # No object is placed so that less than this share of it, or of one placed before, stays visible.
 MIN_VISIBLE = 0.4
 PARAMETERS_FILE = "scenes.json"
@@ -40,6 +40,7 @@ def make_scenes(
     max_size: float | None = None,
     max_objects: int = 8,
     empty: float = 0.05,
+    own_colour: float = 0.0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -59,6 +60,8 @@ def make_scenes(
         max_size: Largest object, measured likewise; 0.7 of ``image_size`` if None.
         max_objects: Each scene that is not empty is given 1 to this many objects. Fewer where there is no room.
         empty: Share of scenes without any object, 0 to 1.
+        own_colour: Share of objects that have the colour of their class, 0 to 1. The others have any colour, so that
+            at 0 only the shape tells the class, which takes a network trained from scratch long to learn.
         overwrite: Replace scenes that were made with other parameters.
         progress: Show a progress bar.
 
@@ -81,6 +84,7 @@ def make_scenes(
         "max_size": float(max_size),
         "max_objects": max_objects,
         "empty": float(empty),
+        "own_colour": float(own_colour),
         "classes": list(SHAPES),
     }
     _check_parameters(parameters)
@@ -116,6 +120,7 @@ def draw_scene(
     min_size: float,
     max_size: float,
     objects: int,
+    own_colour: float = 0.0,
 ) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
     """Draw one scene.
 
@@ -125,6 +130,7 @@ def draw_scene(
         min_size: Smallest object, as sqrt(width * height) of its box before occlusion, in pixels.
         max_size: Largest object, measured likewise.
         objects: Number of objects to place; one that finds no room after several tries is left out.
+        own_colour: Share of objects that have the colour of their class.
 
     Returns:
         The image, uint8 (image_size, image_size, 3) in BGR order, and for each object its class and the mask of its
@@ -144,7 +150,8 @@ def draw_scene(
         if place is None:
             continue
         rows, columns, alpha_part = place
-        _paint(rng, image, rows, columns, alpha_part)
+        hue = list(SHAPES).index(name) / len(SHAPES) if rng.random() < own_colour else None
+        _paint(rng, image, rows, columns, alpha_part, hue)
         owner[rows, columns][alpha_part > 0.5] = len(names)
         names.append(name)
         full_areas.append(float((alpha > 0.5).sum()))
@@ -184,11 +191,13 @@ def _find_place(
     return None
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, rows: slice, columns: slice, alpha: np.ndarray) -> None:
+def _paint(
+    rng: np.random.Generator, image: np.ndarray, rows: slice, columns: slice, alpha: np.ndarray, hue: float | None
+) -> None:
     below = image[rows, columns]
     weight = alpha[:, :, None]
     mean = (below * weight).sum(axis=(0, 1)) / weight.sum()
-    surface = textures.fill(rng, *alpha.shape, against=mean)
+    surface = textures.fill(rng, *alpha.shape, against=mean, hue=hue)
     below += weight * (surface - below)
 
 
@@ -207,6 +216,7 @@ def _write_split(work: Path, split: str, split_index: int, count: int, parameter
             min_size=parameters["min_size"],
             max_size=parameters["max_size"],
             objects=0 if is_empty else int(rng.integers(1, parameters["max_objects"] + 1)),
+            own_colour=parameters["own_colour"],
         )
         file_name = f"{index:06d}.jpg"
         _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
@@ -252,8 +262,9 @@ def _check_parameters(parameters: dict) -> None:
             f"Expected 4 <= min_size <= max_size <= image_size ({parameters['image_size']} pixels), "
             f"got min_size {low:g} and max_size {high:g}."
         )
-    if not 0.0 <= parameters["empty"] <= 1.0:
-        raise ValueError(f"Expected the share of empty scenes to lie between 0 and 1, got {parameters['empty']:g}.")
+    for key in ("empty", "own_colour"):
+        if not 0.0 <= parameters[key] <= 1.0:
+            raise ValueError(f"Expected the share {key} to lie between 0 and 1, got {parameters[key]:g}.")
 
 
 def _made_before(folder: Path, parameters: dict, overwrite: bool) -> bool:

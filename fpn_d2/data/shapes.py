@@ -1,6 +1,7 @@
 """The shapes of the synthetic scenes, one per class: outlines in the unit square and their rendering.
 
-A class is a shape and nothing else: colour, texture, size, rotation and a slight stretch are drawn apart from it.
+A class is a shape: texture, size, rotation and a slight stretch are drawn apart from it, and so is the colour unless
+``own_colour`` is asked for.
 """
 
 import cv2

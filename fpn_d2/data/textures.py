@@ -4,6 +4,8 @@ Images are float32 arrays (height, width, 3) with values 0 to 255 in BGR order, 
 takes its randomness from the generator that it is given, so a scene depends on its seed alone.
 """
 
+import colorsys
+
 import cv2
 import numpy as np
 
@@ -50,19 +52,30 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return pattern.astype(np.float32)[:, :, None]
 
 
-def colour(rng: np.random.Generator) -> np.ndarray:
-    """A random BGR colour, neither black nor white: float32 array (3,)."""
-    return rng.uniform(25.0, 230.0, 3).astype(np.float32)
+def colour(rng: np.random.Generator, hue: float | None = None) -> np.ndarray:
+    """A random BGR colour, neither black nor white: float32 array (3,).
+
+    Args:
+        rng: Source of randomness.
+        hue: 0 to 1, once round the colour circle; the colour is then a clear one of about this hue.
+    """
+    if hue is None:
+        return rng.uniform(25.0, 230.0, 3).astype(np.float32)
+    hsv = ((hue + rng.uniform(-0.05, 0.05)) % 1.0, rng.uniform(0.5, 1.0), rng.uniform(0.5, 0.95))
+    red, green, blue = colorsys.hsv_to_rgb(*hsv)
+    return np.float32(255.0) * np.array([blue, green, red], np.float32)
 
 
-def contrasting_colour(rng: np.random.Generator, other: np.ndarray, distance: float = 90.0) -> np.ndarray:
+def contrasting_colour(
+    rng: np.random.Generator, other: np.ndarray, hue: float | None = None, distance: float = 90.0
+) -> np.ndarray:
     """A random BGR colour at least ``distance`` away (Euclidean, of 0 to 255) from ``other``: float32 array (3,).
 
     Should eight draws all lie too near, the farthest of them is taken.
     """
-    draws = [colour(rng)]
+    draws = [colour(rng, hue)]
     while np.linalg.norm(draws[-1] - other) < distance and len(draws) < 8:
-        draws.append(colour(rng))
+        draws.append(colour(rng, hue))
     return max(draws, key=lambda draw: float(np.linalg.norm(draw - other)))
 
 
@@ -84,9 +97,11 @@ def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.clip(image, 0.0, 255.0)
 
 
-def fill(rng: np.random.Generator, height: int, width: int, against: np.ndarray) -> np.ndarray:
+def fill(
+    rng: np.random.Generator, height: int, width: int, against: np.ndarray, hue: float | None = None
+) -> np.ndarray:
     """The surface of an object: a colour that stands out from ``against`` (BGR), a pattern and a little noise."""
-    base = contrasting_colour(rng, against)
+    base = contrasting_colour(rng, against, hue)
     surface = base + rng.uniform(-32.0, 32.0, 3).astype(np.float32) * _pattern(rng, height, width)
     surface += np.float32(rng.uniform(2.0, 12.0)) * smooth_noise(rng, height, width, 4.0)
     return np.clip(surface, 0.0, 255.0)

@@ -21,6 +21,7 @@ from detectron2.modeling import (
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY
 
 from .errors import UserError, did_you_mean, not_found
+from .optimizer import OPTIMIZERS
 
 # Registry names that each of Detectron2's own meta-architectures reads; others may read anything.
 _READ_BY = {
@@ -32,6 +33,7 @@ _READ_BY = {
 }
 _OPTIONS = {
     "MODEL.PARTIAL_WEIGHTS": ("auto", "allow", "refuse"),
+    "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.AMP.DTYPE": ("auto", "float16", "bfloat16"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
 }

@@ -23,6 +23,7 @@ from fpn_d2.data import build_mapper
 from .checkpoint import ReportingCheckpointer
 from .evaluators import build_evaluator
 from .hooks import BestCheckpoint, StopOnInterrupt, ValidationLoss
+from .optimizer import build_optimizer
 from .precision import build_inner_trainer
 from .progress import ProgressBar, has_terminal
 
@@ -122,6 +123,10 @@ class Trainer(DefaultTrainer):
         if printed.getvalue():
             logging.getLogger("detectron2.evaluation").info("Printed by the evaluators:\n%s", printed.getvalue())
         return results
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:

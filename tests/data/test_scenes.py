@@ -191,6 +191,23 @@ def test_class_does_not_show_in_the_colour(folder, content):
     assert min(np.std(values, axis=0).min() for values in means.values()) > 30
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_own_colour_tells_the_class_of_its_share_of_objects(share):
+    """The hue of an object's mean colour, taken for the class with the nearest hue, is right as often as asked for."""
+    right = drawn = 0
+    for seed in range(60):
+        image, objects = draw_scene(
+            np.random.default_rng(seed), image_size=96, min_size=24, max_size=48, objects=4, own_colour=share
+        )
+        for name, mask in objects:
+            mean = image[mask].mean(axis=0).round().astype(np.uint8)
+            hue = cv2.cvtColor(mean[None, None], cv2.COLOR_BGR2HSV)[0, 0, 0] / 180
+            right += round(hue * len(SHAPES)) % len(SHAPES) == list(SHAPES).index(name)
+            drawn += 1
+    by_chance = (1 - share) / len(SHAPES)
+    assert right / drawn == pytest.approx(share + by_chance, abs=0.1)
+
+
 def test_contrasting_colour_is_far_from_the_other():
     rng = np.random.default_rng(0)
     other = np.array([120, 120, 120], np.float32)
@@ -278,7 +295,8 @@ def test_another_process_that_was_quicker(tmp_path, monkeypatch):
         ({"min_size": 30.0, "max_size": 20.0}, "got min_size 30 and max_size 20"),
         ({"max_size": 65.0}, "max_size <= image_size .64 pixels."),
         ({"max_size": math.nan}, "got min_size 8 and max_size nan"),
-        ({"empty": 1.5}, "between 0 and 1, got 1.5"),
+        ({"empty": 1.5}, "share empty to lie between 0 and 1, got 1.5"),
+        ({"own_colour": -0.1}, "share own_colour to lie between 0 and 1, got -0.1"),
     ],
 )
 def test_parameters_out_of_range(tmp_path, parameters, message):

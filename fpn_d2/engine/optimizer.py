@@ -1,0 +1,33 @@
+"""The optimizer that SOLVER.OPTIMIZER names, with Detectron2's parameter groups and gradient clipping."""
+
+import torch
+from detectron2 import solver
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+OPTIMIZERS = ("SGD", "AdamW")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build Detectron2's SGD, or AdamW (Loshchilov and Hutter, ICLR 2019) from the same keys.
+
+    AdamW reads BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and CLIP_GRADIENTS.
+
+    Raises:
+        ValueError: SOLVER.OPTIMIZER is neither.
+    """
+    name = cfg.SOLVER.OPTIMIZER
+    if name not in OPTIMIZERS:
+        raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    if name == "SGD":
+        return solver.build_optimizer(cfg, model)
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=cfg.SOLVER.BASE_LR)

@@ -1,0 +1,66 @@
+"""The optimizer that SOLVER.OPTIMIZER names."""
+
+import pytest
+import torch
+from detectron2 import solver
+from detectron2.config import get_cfg
+from torch import nn
+
+from fpn_d2 import add_fpn_d2_config
+from fpn_d2.engine.optimizer import build_optimizer
+
+
+def config(*options):
+    cfg = get_cfg()
+    add_fpn_d2_config(cfg)
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+
+
+def step(optimizer, network):
+    optimizer.zero_grad()
+    (100 * network(torch.ones(1, 3, 5, 5)).square().sum() + 100 * network[0].weight.square().sum()).backward()
+    optimizer.step()
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def test_sgd_is_detectron2s():
+    cfg = config("SOLVER.CLIP_GRADIENTS.ENABLED", True)
+    ours, stock = model(), model()
+    a, b = build_optimizer(cfg, ours), solver.build_optimizer(cfg, stock)
+    for x, y in zip(step(a, ours), step(b, stock), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_adamw_reads_the_keys(clip):
+    cfg = config(
+        *["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 0.01, "SOLVER.WEIGHT_DECAY", 0.5],
+        *["SOLVER.WEIGHT_DECAY_NORM", 0.0, "SOLVER.CLIP_GRADIENTS.ENABLED", clip],
+        *["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.001],
+    )
+    ours, reference = model(), model()
+    optimizer = build_optimizer(cfg, ours)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    expected = torch.optim.AdamW(
+        [{"params": reference[0].parameters(), "weight_decay": 0.5}, {"params": reference[1].parameters()}],
+        lr=0.01,
+        weight_decay=0.0,
+    )
+    before = [p.grad for p in ours.parameters()]
+    assert before == [None] * 4
+    for actual, wanted in zip(step(optimizer, ours), step(expected, reference), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+    assert max(p.grad.abs().max() for p in ours.parameters()) > 0.001 or clip
+    if clip:
+        assert max(p.grad.abs().max() for p in ours.parameters()) <= 0.001
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="'Adam'; expected one of SGD, AdamW"):
+        build_optimizer(config("SOLVER.OPTIMIZER", "Adam"), model())
