@@ -19,12 +19,13 @@ except ImportError as error:
 
 from detectron2.engine import default_argument_parser  # noqa: E402
 
-from fpn_d2.engine import launch, load_config, run, user_mistakes_end_the_program  # noqa: E402
+from fpn_d2.engine import check_address, launch, load_config, run, user_mistakes_end_the_program  # noqa: E402
 
 
 def main() -> None:
     args = default_argument_parser().parse_args()
     with user_mistakes_end_the_program():
+        check_address(args.num_machines, args.dist_url)
         cfg = load_config(args.config_file, args.opts)
     launch(
         run,

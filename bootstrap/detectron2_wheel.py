@@ -34,6 +34,9 @@ PACKAGES = {
     "projects/Panoptic-DeepLab/panoptic_deeplab/": "detectron2/projects/panoptic_deeplab/",
 }
 
+# Not part of the package, but of use to whoever has only the wheel: `tools/train_net.py` as it was.
+BESIDE = ("LICENSE", "tools/train_net.py")
+
 # v0.6's own requirements less black (a pin that conflicts with everything), future and pydot (caffe2 only).
 REQUIRES = [
     "Pillow>=7.1",
@@ -220,7 +223,7 @@ def mended_files(sdist: pathlib.Path, sha256: str = SHA256, mends: Sequence[Mend
     with tarfile.open(sdist) as archive:
         for member in archive.getmembers():
             name = member.name.removeprefix(ROOT)
-            if name == "LICENSE":
+            if name in BESIDE:
                 files[INFO + name] = archive.extractfile(member).read()
             for source, target in PACKAGES.items():
                 if member.isfile() and name.startswith(source):

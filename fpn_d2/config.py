@@ -81,7 +81,8 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # Iterations between two computations of the validation loss over DATASETS.TEST; 0: never.
     new.TEST.VAL_LOSS_PERIOD = 0
     # Metric whose best value so far decides which checkpoint is kept as model_best.pth, as
-    # "bbox/AP", or "NAME/bbox/AP" with several test sets; empty: keep none. Read at each TEST.EVAL_PERIOD.
+    # "bbox/AP", or "NAME/bbox/AP" with several test sets; empty: keep none. Read at each TEST.EVAL_PERIOD and at the
+    # end.
     new.TEST.BEST_METRIC = "bbox/AP"
     # Number of images in the picture grid of detections beside ground truth; 0: no picture.
     new.TEST.PICTURE_IMAGES = 8

@@ -29,6 +29,8 @@ SOURCES = {
     "detectron2/model_zoo/configs/x.yaml": "MODEL: {}\n",
     "projects/PointRend/point_rend/__init__.py": "point = 1\n",
     "projects/PointRend/train_net.py": "not packed\n",
+    "tools/train_net.py": "as it was\n",
+    "tools/benchmark.py": "not packed\n",
 }
 MEND = Mend("detectron2/old.py", "np.bool", "bool", 2, "numpy removed it")
 
@@ -49,6 +51,7 @@ class TestMendedFiles:
         files = mended_files(*make_sdist(tmp_path), [MEND])
         assert sorted(files) == [
             "detectron2-0.6.dist-info/LICENSE",
+            "detectron2-0.6.dist-info/tools/train_net.py",
             "detectron2/_C.py",
             "detectron2/__init__.py",
             "detectron2/model_zoo/configs/x.yaml",

@@ -133,7 +133,7 @@ def test_readme_swaps_into_a_config_of_detectron2(monkeypatch):
 
 @pytest.mark.parametrize(("name", "line"), commands())
 def test_commands_parse(name, line):
-    """Every command is one that the Makefile, train_net.py, fpn-d2 or pip would take, with keys that exist."""
+    """Every command is one that the Makefile, train_net.py or fpn-d2 would take, with keys that exist."""
     words = shlex.split(line)
     while re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
         words.pop(0)

@@ -8,6 +8,7 @@ written to ``<OUTPUT_DIR>/data_sets``.
 
 import codecs
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -242,7 +243,10 @@ def _write(data: dict, output_dir: str, name: str) -> Path:
     """Write a json in one step, so that processes that do the same at the same time do not disturb one another."""
     folder = Path(os.path.abspath(output_dir)) / "data_sets"
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / (re.sub(r"[^\w.-]", "_", name) + ".json")
+    plain = re.sub(r"[^\w.-]", "_", name)
+    if plain != name:  # the names "my val" and "my/val" are two files
+        plain += "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    target = folder / f"{plain}.json"
     handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
     try:
         with os.fdopen(handle, "w") as file:

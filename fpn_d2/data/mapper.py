@@ -90,18 +90,5 @@ class TrainingMapper(DatasetMapper):
             raise ValueError(f"{_words(dataset_dict)}: {error}") from error
 
 
-def build_mapper(cfg: CfgNode, is_train: bool) -> TrainingMapper:
-    """The mapper for training or for inference.
-
-    Args:
-        cfg: Configuration with the keys of ``add_fpn_d2_config``.
-        is_train: For training: augment and keep the annotations.
-
-    Returns:
-        A function from a record of Detectron2's standard format to the model's input.
-    """
-    return TrainingMapper(cfg, is_train)
-
-
 def _words(dataset_dict: dict) -> str:
     return f"Image {dataset_dict.get('file_name')} (image id {dataset_dict.get('image_id')!r})"

@@ -4,7 +4,7 @@ from .checkpoint import ReportingCheckpointer
 from .config_loading import load_config
 from .errors import UserError, user_mistakes_end_the_program
 from .evaluators import build_evaluator
-from .launch import launch
+from .launch import check_address, launch
 from .pictures import draw_detections
 from .results import results_table
 from .run import run
@@ -15,6 +15,7 @@ __all__ = [
     "Trainer",
     "UserError",
     "build_evaluator",
+    "check_address",
     "draw_detections",
     "launch",
     "load_config",

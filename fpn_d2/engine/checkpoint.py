@@ -48,6 +48,8 @@ class ReportingCheckpointer(DetectionCheckpointer):
         self._whole = whole
         self._heuristic_names = False
         self._file = ""
+        # The checkpoint from which --resume would go on with this run; "" as long as there is none.
+        self.latest = ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As inherited; a checkpoint to resume from must fill the whole model.
@@ -61,7 +63,9 @@ class ReportingCheckpointer(DetectionCheckpointer):
             return super().resume_or_load(path, resume=False)
         whole, self._whole = self._whole, True
         try:
-            return super().resume_or_load(path, resume=True)
+            rest = super().resume_or_load(path, resume=True)
+            self.latest = self.get_checkpoint_file()
+            return rest
         finally:
             self._whole = whole
 
@@ -122,6 +126,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
         # The best model is not the latest: --resume goes on from the latest.
         if final == f"{BEST_MODEL}.pth":
             return
+        self.latest = os.path.join(self.save_dir, final)
         if "://" in self.save_dir:
             super().tag_last_checkpoint(final)
             return

@@ -1,10 +1,13 @@
 """Checks before any work starts: names of components and data sets, files of the data, the weight file."""
 
+import inspect
 import os
 from collections.abc import Iterable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import build as data_build
+from detectron2.layers import get_norm
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -16,7 +19,9 @@ from detectron2.modeling import (
     ROI_MASK_HEAD_REGISTRY,
     RPN_HEAD_REGISTRY,
     SEM_SEG_HEADS_REGISTRY,
+    GeneralizedRCNN,
 )
+from detectron2.solver import build as solver_build
 
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY
 
@@ -36,7 +41,29 @@ _OPTIONS = {
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.AMP.DTYPE": ("auto", "float16", "bfloat16"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        # Only Detectron2's main branch has these, and the samplers below.
+        *(["WarmupStepWithFixedGammaLR"] if hasattr(solver_build, "StepWithFixedGammaParamScheduler") else []),
+    ),
+    "DATALOADER.SAMPLER_TRAIN": (
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "RandomSubsetTrainingSampler",
+        *(
+            ["WeightedTrainingSampler", "WeightedCategoryTrainingSampler"]
+            if hasattr(data_build, "_build_weighted_sampler")
+            else []
+        ),
+    ),
 }
+_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "GN", "LN")
+_POOLERS = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_RESNET_FPNS = ("build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+# RoI heads whose box, mask and keypoint branches have poolers of their own.
+_POOLING_HEADS = ("StandardROIHeads", "CascadeROIHeads", "FPNROIHeads", "FPNCascadeROIHeads")
 
 
 def check_names(cfg: CfgNode) -> None:
@@ -48,6 +75,7 @@ def check_names(cfg: CfgNode) -> None:
     for key, choices in _OPTIONS.items():
         _check(key, _value(cfg, key), choices, list_all=True)
     _check_components(cfg)
+    _check_values(cfg)
     known = DatasetCatalog.list()
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         for name in _value(cfg, key):
@@ -94,6 +122,51 @@ def _check_components(cfg: CfgNode) -> None:
         _check("MODEL.SEM_SEG_HEAD.NAME", model.SEM_SEG_HEAD.NAME, _names(SEM_SEG_HEADS_REGISTRY), list_all=True)
 
 
+def _check_values(cfg: CfgNode) -> None:
+    """Check options that Detectron2 reads only for some models, where the model is one of those."""
+    model = cfg.MODEL
+    ours = model.BACKBONE.NAME == "build_fpn_backbone"
+    read = _READ_BY.get(model.META_ARCHITECTURE, ())
+    values: dict[str, Iterable[str]] = {}
+    if (model.FPN.BOTTOM_UP if ours else model.BACKBONE.NAME) in ("build_resnet_backbone", *_RESNET_FPNS):
+        values["MODEL.RESNETS.DEPTH"] = ("18", "34", "50", "101", "152")
+        values["MODEL.RESNETS.NORM"] = _norms()
+    if model.BACKBONE.NAME in _RESNET_FPNS or (ours and model.FPN.NECK == "FPN"):
+        values["MODEL.FPN.NORM"] = _norms()
+    if "PROPOSALS" in read and model.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN"):
+        values["MODEL.RPN.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
+    if model.META_ARCHITECTURE == "RetinaNet":
+        values["MODEL.RETINANET.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
+    if "ROI" in read and model.ROI_HEADS.NAME in ("Res5ROIHeads", *_POOLING_HEADS):
+        values["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
+        values["MODEL.ROI_BOX_HEAD.POOLER_TYPE"] = _POOLERS
+    if "ROI" in read and model.ROI_HEADS.NAME in _POOLING_HEADS:
+        if model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead" and model.ROI_BOX_HEAD.NUM_CONV > 0:
+            values["MODEL.ROI_BOX_HEAD.NORM"] = _norms()
+        for branch, there in (("MASK", model.MASK_ON), ("KEYPOINT", model.KEYPOINT_ON)):
+            if there:
+                values[f"MODEL.ROI_{branch}_HEAD.POOLER_TYPE"] = ("", *_POOLERS)  # empty: the head pools by itself
+    if model.MASK_ON:
+        values["INPUT.MASK_FORMAT"] = ("polygon", "bitmask")
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        values["SOLVER.CLIP_GRADIENTS.CLIP_TYPE"] = [kind.value for kind in solver_build.GradientClipType]
+    for key, choices in values.items():
+        _check(key, _value(cfg, key), choices, list_all=True)
+
+
+def _norms() -> list[str]:
+    """The names that the installed Detectron2 knows; "" stands for no norm."""
+
+    def known(name: str) -> bool:
+        try:
+            get_norm(name, 32)
+        except KeyError:
+            return False
+        return True
+
+    return ["", *filter(known, _NORMS)]
+
+
 def _names(registry: Iterable) -> list[str]:
     return [name for name, _ in registry]
 
@@ -104,12 +177,40 @@ def _value(cfg: CfgNode, key: str) -> object:
     return cfg
 
 
-def _check(key: str, name: str, choices: Iterable[str], list_all: bool = False) -> None:
+def _check(key: str, name: object, choices: Iterable[str], list_all: bool = False) -> None:
     choices = sorted(choices)
-    if name in choices:
+    if str(name) in choices:
         return
-    there = f"; there are {', '.join(choices)}" if list_all else ""
+    there = f"; there are {', '.join(choice or repr(choice) for choice in choices)}" if list_all else ""
     raise UserError(f"{key} is {name!r}, which does not exist{did_you_mean(str(name), choices)}{there}")
+
+
+def check_test_augmentation(cfg: CfgNode) -> None:
+    """Check that the model can be evaluated with test-time augmentation, if TEST.AUG.ENABLED asks for it.
+
+    Raises:
+        UserError: It is a model that Detectron2's `GeneralizedRCNNWithTTA` refuses, after the training.
+    """
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    built = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not (inspect.isclass(built) and issubclass(built, GeneralizedRCNN) and _takes_detections(built)):
+        raise UserError(
+            "TEST.AUG.ENABLED is True, but test-time augmentation is for the meta-architecture GeneralizedRCNN, not "
+            f"for {cfg.MODEL.META_ARCHITECTURE}: set it to False"
+        )
+    for key in ("MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"):
+        if _value(cfg, key):
+            raise UserError(f"TEST.AUG.ENABLED does not go with {key}: set one of them to False")
+
+
+def _takes_detections(built: type) -> bool:
+    """Whether a model's inference can be called as test-time augmentation does; PanopticFPN's cannot."""
+    try:
+        inspect.signature(built.inference).bind("self", "inputs", "detections", do_postprocess=False)
+    except TypeError:
+        return False
+    return True
 
 
 def check_data_files(cfg: CfgNode, *, train: bool) -> None:

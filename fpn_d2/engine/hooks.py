@@ -32,9 +32,9 @@ class ValidationLoss(HookBase):
     """Every TEST.VAL_LOSS_PERIOD iterations, the mean losses over the images of DATASETS.TEST.
 
     They are the losses of training, on images prepared as for testing, with the same random choices (which anchors
-    and proposals are sampled) each time, so that the curve shows the model's change alone. They are logged as
-    ``val_total_loss``, ``val_loss_cls``, ... Training goes on as if nothing had been computed: the forward passes run
-    in a copy of the model, and the random states are put back.
+    and proposals are sampled) for an image each time, so that the curve shows the model's change alone. They are
+    logged as ``val_total_loss``, ``val_loss_cls``, ... Training goes on as if nothing had been computed: the forward
+    passes run in a copy of the model, and the random states are put back.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -61,9 +61,15 @@ class ValidationLoss(HookBase):
 def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Mean over the images of DATASETS.TEST of each training loss, and their sum as ``total_loss``.
 
+    Every image is seen by itself and with random choices of its own, so that the mean does not depend on how many
+    processes share the images.
+
     Args:
         cfg: The configuration.
         model: The model, or its distributed wrapper; neither it nor any random state changes.
+
+    Returns:
+        The means by name; empty in all processes but the first.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -72,33 +78,45 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)):
             module.eval()
     mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False), recompute_boxes=False)
+    attributes = dict(vars(model))
     sums: dict[str, float] = {}
     count = 0
     # Losses also write to the event storage; a scratch one takes that. Iteration 1 is no multiple of a VIS_PERIOD.
-    with _same_random_numbers(), torch.no_grad(), EventStorage(1):
+    with _random_states_put_back(), torch.no_grad(), EventStorage(1):
         for name in cfg.DATASETS.TEST:
-            for batch in build_detection_test_loader(cfg, name, mapper=mapper):
+            loader = build_detection_test_loader(cfg, name, mapper=mapper)
+            # The sampler gives the indices of this process's images in the data set; each batch is one image.
+            for index, image in zip(loader.batch_sampler.sampler, loader, strict=True):
+                _seed(index)
                 with autocast(cfg):
-                    losses = model(batch)
+                    losses = model(image)
                 for key, value in losses.items():
-                    sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
-                count += len(batch)
+                    sums[key] = sums.get(key, 0.0) + float(value)
+                count += 1
+                # RetinaNet divides its losses by a running mean, an attribute that each image moves.
+                vars(model).clear()
+                vars(model).update(attributes)
     gathered = comm.gather((sums, count))
+    if not comm.is_main_process():
+        return {}
     images = max(1, sum(n for _, n in gathered))
     keys = {key: None for part, _ in gathered for key in part}
     mean = {key: sum(part.get(key, 0.0) for part, _ in gathered) / images for key in keys}
     return {"total_loss": sum(mean.values()), **mean}
 
 
+def _seed(seed: int) -> None:
+    """Seed every random number generator that training uses."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # those of all GPUs too
+
+
 @contextlib.contextmanager
-def _same_random_numbers(seed: int = 0) -> Iterator[None]:
-    """Seed every random number generator that training uses, and put the states back at the end."""
+def _random_states_put_back() -> Iterator[None]:
+    """At the end, put back the states of all that `_seed` seeds."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         try:
             yield
         finally:

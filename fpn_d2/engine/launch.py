@@ -12,6 +12,8 @@ from detectron2 import engine
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
+from .errors import UserError
+
 
 def launch(
     main_func: Callable,
@@ -31,17 +33,20 @@ def launch(
         main_func: What to run; importable by its name, since the processes are spawned.
         num_gpus_per_machine, num_machines, machine_rank, dist_url, args: As in Detectron2's `launch`.
         device: MODEL.DEVICE of the configuration.
+
+    Raises:
+        UserError: As `check_address`.
+        SystemExit: A process has ended with an exit status of its own, which becomes that of the program.
     """
+    check_address(num_machines, dist_url)
     world_size = num_machines * num_gpus_per_machine
     on_gpus = torch.cuda.is_available() and torch.device(device).type == "cuda"
-    if world_size <= 1 or on_gpus:
-        engine.launch(main_func, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
-        return
-    if dist_url in (None, "auto"):
-        if num_machines > 1:
-            raise ValueError("with several machines, give the same --dist-url tcp://HOST:PORT to each of them")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
     try:
+        if world_size <= 1 or on_gpus:
+            engine.launch(main_func, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
+            return
+        if dist_url in (None, "auto"):
+            dist_url = f"tcp://127.0.0.1:{_free_port()}"
         mp.start_processes(
             _cpu_worker,
             nprocs=num_gpus_per_machine,
@@ -53,6 +58,16 @@ def launch(
     except mp.ProcessExitedException as error:
         # The process has said on stderr what was wrong; its status is ours.
         sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
+
+
+def check_address(num_machines: int, dist_url: str | None) -> None:
+    """Check that several machines have been told where to meet.
+
+    Raises:
+        UserError: ``dist_url`` is None or "auto", which is an address on one machine.
+    """
+    if num_machines > 1 and dist_url in (None, "auto"):
+        raise UserError("with several machines, give the same --dist-url tcp://HOST:PORT to each of them")
 
 
 def _free_port() -> int:

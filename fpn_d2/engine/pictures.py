@@ -7,7 +7,7 @@ import matplotlib.colors
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
@@ -29,12 +29,13 @@ def draw_detections(cfg: CfgNode, model: nn.Module, dataset_name: str, path: str
         cfg: The configuration. TEST.PICTURE_IMAGES images, spread evenly over the data set, are shown, with
             detections of at least TEST.PICTURE_SCORE.
         model: The model; it is put into evaluation mode and back.
-        dataset_name: A registered data set.
+        dataset_name: A registered data set; one of DATASETS.TEST if the model reads its proposals from files
+            (MODEL.LOAD_PROPOSALS).
         path: The picture's file.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    records = DatasetCatalog.get(dataset_name)
+    records = _records(cfg, dataset_name)
     count = min(cfg.TEST.PICTURE_IMAGES, len(records))
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
     classes = MetadataCatalog.get(dataset_name).get("thing_classes", [])
@@ -54,6 +55,16 @@ def draw_detections(cfg: CfgNode, model: nn.Module, dataset_name: str, path: str
     picture = _grid(pairs, f"score >= {cfg.TEST.PICTURE_SCORE:g}")
     if not cv2.imwrite(path, picture[:, :, ::-1]):
         raise OSError(f"could not write the picture {os.path.abspath(path)}")
+
+
+def _records(cfg: CfgNode, dataset_name: str) -> list[dict]:
+    """The records of a data set, with proposals where the model wants them, as the evaluation reads them."""
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(dataset_name)]]
+    return get_detection_dataset_dicts(
+        dataset_name, filter_empty=False, proposal_files=proposals, check_consistency=False
+    )
 
 
 def _pair(cfg: CfgNode, image: np.ndarray, annotations: list[dict], output: dict, classes: list[str]) -> np.ndarray:

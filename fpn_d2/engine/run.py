@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from fpn_d2.data import register_from_config
 
 from .checkpoint import ReportingCheckpointer
-from .checks import check_data_files, check_weight_file
+from .checks import check_data_files, check_test_augmentation, check_weight_file
 from .errors import UserError, user_mistakes_end_the_program
 from .pictures import draw_detections
 from .precision import amp_dtype
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         check_data_files(cfg, train=not args.eval_only)
         if not args.resume:
             check_weight_file(cfg.MODEL.WEIGHTS)
+        check_test_augmentation(cfg)
         amp_dtype(cfg)
         _check_batch(cfg)
         cfg.freeze()
@@ -81,13 +82,14 @@ def _train(trainer: Trainer) -> dict:
     try:
         return trainer.train()
     except KeyboardInterrupt:
-        last = trainer.checkpointer.get_checkpoint_file() if trainer.checkpointer.has_checkpoint() else ""
-        print(
-            f"Stopped. The last checkpoint is {last}; the same command with --resume goes on from it."
-            if last
-            else "Stopped before the first checkpoint was saved.",
-            file=sys.stderr,
-        )
+        last = trainer.checkpointer.latest  # not one that an older run left in the same folder
+        if comm.is_main_process():
+            print(
+                f"Stopped. The last checkpoint is {last}; the same command with --resume goes on from it."
+                if last
+                else "Stopped before the first checkpoint was saved.",
+                file=sys.stderr,
+            )
         sys.exit(130)
 
 
@@ -98,7 +100,10 @@ def _show(cfg: CfgNode, model: object, results: dict) -> None:
     line = f"AP50 {ap50(cfg, results):.1f}"
     if cfg.TEST.PICTURE_IMAGES > 0:
         path = os.path.join(cfg.OUTPUT_DIR, "detections.png")
-        draw_detections(cfg, model, cfg.DATASETS.TEST[0], path)
-        line += f"  picture: {path}"
+        try:
+            draw_detections(cfg, model, cfg.DATASETS.TEST[0], path)
+            line += f"  picture: {path}"
+        except Exception as error:  # whatever it is: the results of a long training matter more than the picture
+            logger.warning("No picture of the detections: %s: %s", type(error).__name__, " ".join(str(error).split()))
     logging.getLogger("fpn_d2.summary").debug(line)
     print(line, flush=True)

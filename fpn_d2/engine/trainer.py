@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fpn_d2.data import build_mapper
+from fpn_d2.data import TrainingMapper
 
 from .checkpoint import ReportingCheckpointer
 from .evaluators import build_evaluator
@@ -130,7 +130,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        return build_detection_train_loader(cfg, mapper=build_mapper(cfg, True))
+        return build_detection_train_loader(cfg, mapper=TrainingMapper(cfg, True))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

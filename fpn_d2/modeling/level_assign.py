@@ -109,12 +109,8 @@ class CanonicalLevelAssigner:
             box_lists: the boxes of each of N images, in pixels of the network's input.
 
         Returns:
-            (M,) int64 level indices of all boxes, in the order of the images.
-
-        Raises:
-            ValueError: a box has a NaN or infinite coordinate.
+            (M,) int64 level indices of all boxes, in the order of the images. A NaN has none: the pooler refuses it.
         """
-        check_finite(box_lists)
         areas = [_areas(boxes) for boxes in box_lists]
         if not areas:
             return torch.zeros(0, dtype=torch.int64)

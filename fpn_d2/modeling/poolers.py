@@ -14,9 +14,9 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
-from torch import Tensor
+from torch import Tensor, nn
 
-from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner
+from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
 
 
 class PyramidROIPooler(ROIPooler):
@@ -80,16 +80,28 @@ class PyramidROIPooler(ROIPooler):
             raise ValueError(f"got boxes of {len(box_lists)} images and maps of {x[0].shape[0]} images")
         if len(box_lists) == 0:
             return x[0].new_zeros((0, x[0].shape[1], *self.output_size))
+        check_finite(box_lists)
         level_indices = self.assigner(box_lists)
         rois = convert_boxes_to_pooler_format(list(box_lists))
         if len(self.levels) == 1:
-            return self.level_poolers[0](x[0], rois)
+            return _pool(self.level_poolers[0], x[0], rois)
         pooled = x[0].new_zeros((rois.shape[0], x[0].shape[1], *self.output_size))
         for level_index, pooler in enumerate(self.level_poolers):
             rows = torch.nonzero(level_indices == level_index, as_tuple=True)[0]
             # index_put_ traces and differentiates; indexed assignment does not trace (pytorch issue 49852).
-            pooled.index_put_((rows,), pooler(x[level_index], rois[rows]))
+            pooled.index_put_((rows,), _pool(pooler, x[level_index], rois[rows]))
         return pooled
+
+
+def _pool(pooler: nn.Module, level_map: Tensor, rois: Tensor) -> Tensor:
+    """Pool maps of half precision in float32.
+
+    Detectron2's operations bring the coordinates to the maps' type. In bfloat16 those between 256 and 512 then move by
+    up to a pixel, and boxes are learned from features beside them.
+    """
+    if level_map.dtype in (torch.float16, torch.bfloat16):
+        return pooler(level_map.float(), rois.float()).to(level_map.dtype)
+    return pooler(level_map, rois)
 
 
 def build_pooler(cfg: CfgNode, input_shape: dict[str, ShapeSpec], *, output_size, sampling_ratio, pooler_type):

@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from fpn_d2.data import build_mapper, class_names, register_from_config
+from fpn_d2.data import TrainingMapper, class_names, register_from_config
 
 from .small_sets import coco_content, config, write_coco
 
@@ -233,11 +235,27 @@ def test_messy_data_evaluate_with_coco_tools(tmp_path):
     register_from_config(cfg)
     assert open(files[0]).read() == before
     copies = list((tmp_path / "out" / "data_sets").iterdir())
-    assert [copy.name for copy in copies] == ["set_messy.json"]
+    assert len(copies) == 1
+    assert re.fullmatch(r"set_messy_[0-9a-f]{8}\.json", copies[0].name)
     assert MetadataCatalog.get("set/messy").json_file == str(copies[0])
     results = evaluate("set/messy", tmp_path / "eval")
     assert [results[key] for key in ("AP", "AP-ant", "AP-zebra")] == pytest.approx([100, 100, 100])
     assert evaluate("set/messy", tmp_path / "eval", shift=4.0)["AP"] < 50
+
+
+def test_copies_of_sets_with_nearly_the_same_name_are_kept_apart(tmp_path):
+    names = ["my val", "my_val", "my/val"]
+    entries = []
+    for i, name in enumerate(names):
+        content = messy_content()
+        content["categories"][0]["name"] = f"beast{i}"
+        entries.append([name, *write_coco(tmp_path / str(i), content)])
+    register_from_config(config(tmp_path / "out", COCO_FORMAT=entries))
+    files = [MetadataCatalog.get(name).json_file for name in names]
+    assert len(set(files)) == 3
+    for i, file in enumerate(files):
+        with open(file) as copied:
+            assert f"beast{i}" in [category["name"] for category in json.load(copied)["categories"]]
 
 
 def test_json_with_a_byte_order_mark(tmp_path):
@@ -270,7 +288,7 @@ def test_messy_data_train(tmp_path, caplog):
     ]
     loader = build_detection_train_loader(
         get_detection_dataset_dicts(["set"], filter_empty=False),
-        mapper=build_mapper(cfg, True),
+        mapper=TrainingMapper(cfg, True),
         total_batch_size=3,
         num_workers=0,
     )
@@ -285,7 +303,7 @@ def test_images_without_annotations_for_testing_only(tmp_path):
     cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *files]], TEST=("set",))
     register_from_config(cfg)
     loader = build_detection_test_loader(
-        get_detection_dataset_dicts(["set"], filter_empty=False), mapper=build_mapper(cfg, False)
+        get_detection_dataset_dicts(["set"], filter_empty=False), mapper=TrainingMapper(cfg, False)
     )
     assert [batch[0]["image_id"] for batch in loader] == [3, 7, 9]
     cfg.DATASETS.TRAIN = ("set",)
@@ -309,7 +327,7 @@ def test_voc_folder_trains_and_evaluates_like_coco(tmp_path, voc):
     records = DatasetCatalog.get("wild_train")
     assert [len(record["annotations"]) for record in records] == [2, 0]
     assert records[0]["annotations"][0]["category_id"] == 2
-    mapped = build_mapper(cfg, True)(records[0])
+    mapped = TrainingMapper(cfg, True)(records[0])
     assert mapped["instances"].gt_classes.tolist() == [2, 0]
     assert evaluate("wild_train", tmp_path / "eval")["AP"] == pytest.approx(100)
     assert not any(path.suffix == ".json" for path in voc.iterdir())

@@ -6,7 +6,7 @@ from detectron2.structures import BoxMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpn_d2.data import TrainingMapper, build_mapper
+from fpn_d2.data import TrainingMapper
 from fpn_d2.data.mapper import ColorJitter
 
 from .small_sets import HEIGHT, WIDTH, config, write_image
@@ -54,7 +54,7 @@ def same(first, second):
 @pytest.mark.parametrize("mask", [True, False])
 def test_without_our_keys_exactly_detectron2s_mapper(tmp_path, record, is_train, crop, mask):
     cfg = small_config(tmp_path, INPUT__CROP__ENABLED=crop, MODEL__MASK_ON=mask)
-    ours, theirs = build_mapper(cfg, is_train), DatasetMapper(cfg, is_train)
+    ours, theirs = TrainingMapper(cfg, is_train), DatasetMapper(cfg, is_train)
     assert isinstance(ours, TrainingMapper)
     assert ours.recompute_boxes == theirs.recompute_boxes == (is_train and crop and mask)
     for seed in range(8):
@@ -67,14 +67,14 @@ def test_without_our_keys_exactly_detectron2s_mapper(tmp_path, record, is_train,
 
 def test_inference_is_not_augmented(tmp_path, record):
     cfg = small_config(tmp_path, INPUT__VERTICAL_FLIP=True, INPUT__COLOR_JITTER=0.5)
-    same(build_mapper(cfg, False)(record), DatasetMapper(cfg, False)(record))
+    same(TrainingMapper(cfg, False)(record), DatasetMapper(cfg, False)(record))
 
 
 def test_vertical_flip_turns_image_and_boxes_over_half_of_the_time(tmp_path, record):
     cfg = small_config(tmp_path, INPUT__RANDOM_FLIP="none", INPUT__MIN_SIZE_TRAIN=(HEIGHT,))
-    upright = build_mapper(cfg, True)(record)
+    upright = TrainingMapper(cfg, True)(record)
     cfg.INPUT.VERTICAL_FLIP = True
-    mapper = build_mapper(cfg, True)
+    mapper = TrainingMapper(cfg, True)
     turned = 0
     for _ in range(100):
         result = mapper(record)
@@ -91,14 +91,14 @@ def test_vertical_flip_is_refused_with_keypoints(tmp_path):
     cfg = small_config(tmp_path, INPUT__VERTICAL_FLIP=True, MODEL__KEYPOINT_ON=True)
     cfg.DATASETS.TRAIN = ("keypoints_coco_2017_train",)
     with pytest.raises(ValueError, match="VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON"):
-        build_mapper(cfg, True)
+        TrainingMapper(cfg, True)
 
 
 def test_colour_jitter_changes_colours_only(tmp_path, record):
     cfg = small_config(tmp_path, INPUT__RANDOM_FLIP="none", INPUT__MIN_SIZE_TRAIN=(HEIGHT,))
-    plain = build_mapper(cfg, True)(record)
+    plain = TrainingMapper(cfg, True)(record)
     cfg.INPUT.COLOR_JITTER = 0.4
-    mapper = build_mapper(cfg, True)
+    mapper = TrainingMapper(cfg, True)
     results = [mapper(record) for _ in range(3)]
     for result in results:
         assert result["image"].dtype == torch.uint8 and not torch.equal(result["image"], plain["image"])
@@ -132,20 +132,20 @@ def test_saturation_leaves_the_luma_and_moves_colours_from_or_to_grey(monkeypatc
 
 
 def test_colour_jitter_of_grey_images(tmp_path, record):
-    mapper = build_mapper(small_config(tmp_path, INPUT__COLOR_JITTER=0.3, INPUT__FORMAT="L"), True)
+    mapper = TrainingMapper(small_config(tmp_path, INPUT__COLOR_JITTER=0.3, INPUT__FORMAT="L"), True)
     assert mapper(record)["image"].shape[0] == 1
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.0, 2.0])
 def test_colour_jitter_out_of_range(tmp_path, strength):
     with pytest.raises(ValueError, match="INPUT.COLOR_JITTER to be at least 0 and less than 1"):
-        build_mapper(small_config(tmp_path, INPUT__COLOR_JITTER=strength), True)
+        TrainingMapper(small_config(tmp_path, INPUT__COLOR_JITTER=strength), True)
 
 
 def test_missing_image(tmp_path, record):
     (tmp_path / "a.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"Image .*a.png \(image id 5\): the file does not exist"):
-        build_mapper(small_config(tmp_path), True)(record)
+        TrainingMapper(small_config(tmp_path), True)(record)
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "png", "jpg"])
@@ -159,10 +159,10 @@ def test_broken_image(tmp_path, record, kind):
         content = b"no image" if kind == "text" else b""
     (tmp_path / f"broken.{kind}").write_bytes(content)
     with pytest.raises(ValueError, match=rf"broken.{kind} \(image id 5\): the file cannot be read as an image"):
-        build_mapper(small_config(tmp_path), True)(record)
+        TrainingMapper(small_config(tmp_path), True)(record)
 
 
 def test_image_of_another_size_than_the_record_says(tmp_path, record):
     record["width"] += 1
     with pytest.raises(ValueError, match=r"image id 5\): Mismatched image shape.*\(40, 30\).*\(41, 30\)"):
-        build_mapper(small_config(tmp_path), True)(record)
+        TrainingMapper(small_config(tmp_path), True)(record)

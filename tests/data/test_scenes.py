@@ -12,7 +12,7 @@ from detectron2.evaluation import COCOEvaluator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpn_d2.data import build_mapper, register_from_config, scenes, textures
+from fpn_d2.data import TrainingMapper, register_from_config, scenes, textures
 from fpn_d2.data.scenes import MIN_VISIBLE, draw_scene, make_scenes
 from fpn_d2.data.shapes import SHAPES, render
 
@@ -330,7 +330,7 @@ def test_masks_and_boxes_agree_in_the_mapper(folder, tmp_path):
     cfg.INPUT.MASK_FORMAT = "bitmask"
     cfg.INPUT.MIN_SIZE_TRAIN = (128,)
     register_from_config(cfg)
-    mapper = build_mapper(cfg, True)
+    mapper = TrainingMapper(cfg, True)
     for record in DatasetCatalog.get("train")[:20]:
         instances = mapper(record)["instances"]
         assert len(instances) == len(record["annotations"])

@@ -2,9 +2,10 @@
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.layers import get_norm
 
 from fpn_d2.engine import UserError, load_config
-from fpn_d2.engine.checks import check_data_files, check_weight_file
+from fpn_d2.engine.checks import check_data_files, check_test_augmentation, check_weight_file
 
 from .small import TEST, TRAIN, small_config
 
@@ -31,6 +32,85 @@ def test_a_name_that_does_not_exist_names_the_nearest(tmp_path, scenes, key, val
         small_config(tmp_path, scenes, key, value)
     assert key in str(error.value)
     assert f"did you mean {meant}" in str(error.value)
+
+
+WRONG_VALUES = [
+    ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosLR", "WarmupCosineLR", ()),
+    ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetSampler", "RandomSubsetTrainingSampler", ()),
+    ("MODEL.RESNETS.NORM", "FrozenBM", "FrozenBN", ()),
+    ("MODEL.RESNETS.DEPTH", 1010, "101", ()),
+    ("MODEL.FPN.NORM", "SynBN", "SyncBN", ()),
+    ("MODEL.ROI_BOX_HEAD.NORM", "SynBN", "SyncBN",
+     ("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1)),
+    ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "RoiAlign", "ROIAlign", ()),
+    ("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPol", "ROIPool", ("MODEL.MASK_ON", True)),
+    ("MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIPol", "ROIPool", ("MODEL.KEYPOINT_ON", True)),
+    ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smoothl1", "smooth_l1", ()),
+    ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "g_iou", "giou", ()),
+    ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "g_iou", "giou", ("MODEL.META_ARCHITECTURE", "RetinaNet")),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "values", "value", ("SOLVER.CLIP_GRADIENTS.ENABLED", True)),
+    ("INPUT.MASK_FORMAT", "polygons", "polygon", ("MODEL.MASK_ON", True)),
+]
+# The two words that make a Detectron2 configuration ours, with Detectron2's own defaults for the rest.
+OURS = ["MODEL.BACKBONE.NAME", "build_fpn_backbone", "MODEL.ROI_HEADS.NAME", "FPNROIHeads"]
+
+
+@pytest.mark.parametrize(("key", "value", "meant", "where_read"), WRONG_VALUES)
+def test_a_value_that_does_not_exist_names_the_nearest_where_it_is_read(key, value, meant, where_read):
+    wrong, read = [key, str(value)], [str(option) for option in where_read]
+    with pytest.raises(UserError, match=f"{key} is .*did you mean {meant}") as error:
+        load_config("", [*OURS, *read, *wrong])
+    assert "; there are " in str(error.value)
+    if read:
+        load_config("", [*OURS, *wrong])
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["MODEL.RESNETS.NORM", ""],
+        ["MODEL.FPN.NORM", "naiveSyncBN_N", "MODEL.RESNETS.NORM", "nnSyncBN", "MODEL.RESNETS.DEPTH", "152"],
+        ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.POOLER_TYPE", ""],
+        ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated", "MODEL.ROI_BOX_HEAD.NORM", "LN"],
+        ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.NECK", "mine"],
+    ],
+)
+def test_what_detectron2_accepts_passes(opts):
+    load_config("", [*OURS, *opts])
+
+
+def test_layer_norm_is_known_where_detectron2_knows_it():
+    opts = [*OURS, "MODEL.FPN.NORM", "LN"]
+    try:
+        get_norm("LN", 8)
+    except KeyError:
+        with pytest.raises(UserError, match="MODEL.FPN.NORM is 'LN'"):
+            load_config("", opts)
+    else:
+        load_config("", opts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("MODEL.META_ARCHITECTURE", "RetinaNet", "RetinaNet"),
+        ("MODEL.META_ARCHITECTURE", "PanopticFPN", "PanopticFPN"),
+        ("MODEL.META_ARCHITECTURE", "ProposalNetwork", "ProposalNetwork"),
+        ("MODEL.META_ARCHITECTURE", "SemanticSegmentor", "SemanticSegmentor"),
+        ("MODEL.KEYPOINT_ON", "True", "MODEL.KEYPOINT_ON"),
+        ("MODEL.LOAD_PROPOSALS", "True", "MODEL.LOAD_PROPOSALS"),
+    ],
+)
+def test_a_model_that_cannot_be_augmented_is_refused(key, value, named):
+    opts = [key, value]
+    check_test_augmentation(load_config("", opts))
+    with pytest.raises(UserError, match=f"TEST.AUG.ENABLED .*{named}"):
+        check_test_augmentation(load_config("", [*opts, "TEST.AUG.ENABLED", "True"]))
+
+
+def test_models_that_can_be_augmented_pass():
+    for opts in ([], OURS, ["MODEL.MASK_ON", "True"]):
+        check_test_augmentation(load_config("", [*opts, "TEST.AUG.ENABLED", "True"]))
 
 
 @pytest.mark.parametrize(

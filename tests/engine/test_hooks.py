@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from fpn_d2.engine import Trainer, UserError
 from fpn_d2.engine.hooks import BestCheckpoint, StopOnInterrupt, ValidationLoss, validation_losses
 
-from .small import TEST, small_config
+from .small import TEST, TRAIN, small_config
 
 
 class _Watch(HookBase):
@@ -78,6 +78,20 @@ def test_validation_losses_are_the_mean_over_the_images_and_always_the_same(trai
         for parameter in trainer.model.proposal_generator.parameters():
             parameter.add_(0.1)
     assert validation_losses(cfg, trainer.model)["loss_rpn_cls"] != first["loss_rpn_cls"]
+
+
+@pytest.mark.parametrize("meta", ["GeneralizedRCNN", "RetinaNet"])
+def test_validation_losses_of_an_image_do_not_depend_on_those_before(tmp_path, scenes, meta):
+    """So they are the same however many processes share the images."""
+    model, means = None, []
+    for sets in ((TRAIN, TEST), (TEST, TRAIN)):
+        cfg = small_config(
+            tmp_path, scenes, "MODEL.META_ARCHITECTURE", meta, "DATASETS.TEST", str(sets),
+            "MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5', 'p6', 'p7']",
+        )
+        model = model or Trainer.build_model(cfg)
+        means.append(validation_losses(cfg, model))
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
 
 
 def test_validation_losses_leave_a_retinanet_as_it_was(tmp_path, scenes):

@@ -1,5 +1,7 @@
 """The picture of detections beside ground truth."""
 
+import pickle
+
 import cv2
 import numpy as np
 import pytest
@@ -49,6 +51,7 @@ def _sides(picture):
 
 
 def test_the_images_are_spread_over_the_set(tmp_path, scenes):
+    small_config(tmp_path, scenes)  # registers the set
     files = [record["file_name"] for record in DatasetCatalog.get(TEST)]
     for count, chosen in ((2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2])):
         model = _Finds([])
@@ -82,6 +85,20 @@ def test_real_models_are_drawn(tmp_path, scenes, meta):
     draw_detections(cfg, model, TEST, str(tmp_path / "p.png"))
     assert cv2.imread(str(tmp_path / "p.png")).shape == (28 + 2 * 364, 2 * 964 + 12, 3)
     assert model.training
+
+
+def test_a_model_that_reads_its_proposals_from_files_is_drawn(tmp_path, scenes):
+    file = tmp_path / "proposals.pkl"
+    cfg = small_config(
+        tmp_path, scenes, "MODEL.LOAD_PROPOSALS", "True", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals",
+        "DATASETS.PROPOSAL_FILES_TEST", f"('{file}',)", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
+    )
+    ids = [record["image_id"] for record in DatasetCatalog.get(TEST)]
+    box, score = np.array([[4.0, 4.0, 40.0, 40.0]], np.float32), np.array([1.0], np.float32)
+    content = {"ids": ids, "boxes": [box] * len(ids), "objectness_logits": [score] * len(ids)}
+    file.write_bytes(pickle.dumps(content))
+    draw_detections(cfg, Trainer.build_model(cfg), TEST, str(tmp_path / "p.png"))
+    assert cv2.imread(str(tmp_path / "p.png")) is not None
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, scenes):

@@ -19,11 +19,11 @@ def test_the_training_loader_uses_our_mapper(tmp_path, scenes, monkeypatch):
     cfg = small_config(tmp_path, scenes)
     asked = []
 
-    def build_mapper(cfg, is_train):
+    def mapper(cfg, is_train):
         asked.append((cfg, is_train))
         return lambda record: {"seen": record["file_name"], "width": 1, "height": 1}
 
-    monkeypatch.setattr(trainer_module, "build_mapper", build_mapper)
+    monkeypatch.setattr(trainer_module, "TrainingMapper", mapper)
     batch = next(iter(Trainer.build_train_loader(cfg)))
     assert asked == [(cfg, True)]
     assert all("images/train" in image["seen"] for image in batch)

@@ -11,7 +11,12 @@ from detectron2.structures import Boxes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpn_d2.modeling.level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
+from fpn_d2.modeling.level_assign import (
+    LEVEL_ASSIGN_REGISTRY,
+    CanonicalLevelAssigner,
+    canonical_levels,
+    check_finite,
+)
 
 LEVELS = (2, 3, 4, 5)
 
@@ -132,7 +137,7 @@ def test_not_finite_names_image_and_row(bad):
     boxes = torch.ones(4, 4)
     boxes[2, 1] = bad
     with pytest.raises(ValueError, match=r"image 1 in the batch: row 2 is .*finite"):
-        CanonicalLevelAssigner(LEVELS)([square(3.0), Boxes(boxes)])
+        check_finite([square(3.0), Boxes(boxes)])
 
 
 @pytest.mark.parametrize("arguments", [((),), ((3, 2),), ((2, 2),), (LEVELS, 0), (LEVELS, -5), (LEVELS, math.nan)])

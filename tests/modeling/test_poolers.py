@@ -92,6 +92,29 @@ def test_gradcheck_float64():
     assert torch.autograd.gradcheck(lambda *m: pooler(list(m), lists), [m.requires_grad_() for m in x])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("levels", [(2, 3, 4, 5), (3,)])
+def test_half_precision_maps_do_not_move_the_boxes(dtype, levels):
+    """bfloat16 has no number between 256 and 258; neither type may reach the coordinates."""
+    x = [m.to(dtype) for m in maps(levels)]
+    lists = [Boxes(torch.tensor([[257.3, 60.7, 389.1, 301.9]])), Boxes(torch.tensor([[129.4, 30.6, 160.2, 70.3]]))]
+    pooler = PyramidROIPooler(7, [0.5**k for k in levels], 2, "ROIAlignV2")
+    pooled = pooler(x, lists)
+    assert pooled.dtype == dtype
+    expected = pool_row_by_row([m.float() for m in x], lists, levels, (7, 7), 2).to(dtype)
+    assert torch.equal(pooled, expected)
+
+
+def test_half_precision_boxes():
+    lists = box_lists((4, 0))
+    exact = [boxes.clone() for boxes in lists]
+    for boxes, same in zip(lists, exact, strict=True):
+        boxes.tensor = boxes.tensor.half()
+        same.tensor = boxes.tensor.float()
+    pooler = PyramidROIPooler(7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 2, "ROIAlignV2")
+    assert torch.equal(pooler(maps(), lists), pooler(maps(), exact))
+
+
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (3, 0)])
 def test_images_without_boxes(counts):
     pooler = PyramidROIPooler((5, 3), [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2")
@@ -115,6 +138,9 @@ def test_not_finite_is_an_error_with_one_level_too(levels):
     lists[1].tensor[1, 0] = math.nan
     with pytest.raises(ValueError, match="image 1 .*row 1"):
         PyramidROIPooler(7, [0.5**k for k in levels], 0, "ROIAlignV2")(maps(levels), lists)
+    careless = PyramidROIPooler(7, [0.5**k for k in levels], 0, "ROIAlignV2", lambda _: lambda boxes: None)
+    with pytest.raises(ValueError, match="image 1 .*row 1"):
+        careless(maps(levels), lists)
 
 
 def test_wrong_number_of_maps_or_images():

@@ -1,0 +1,84 @@
+"""What each process does: checks before any work starts, Ctrl-C, and the line at the end."""
+
+import argparse
+import signal
+
+import pytest
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from fpn_d2.engine import Trainer, run
+from fpn_d2.engine.run import _show, _train
+
+from .small import small_config
+
+NO_TEST = ["DATASETS.TEST", "()", "TEST.BEST_METRIC", ""]
+
+
+class _Interrupt(HookBase):
+    """Presses Ctrl-C after some iterations: as the terminal does, or twice, so that nothing more is saved."""
+
+    def __init__(self, after, at_once):
+        self._after = after
+        self._at_once = at_once
+
+    def before_step(self):
+        if self.trainer.iter == self._after:
+            if self._at_once:
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+
+
+def _stopped(folder, scenes, capsys, *, after=0, at_once=True, resume=False):
+    """What a training that is stopped says on stderr."""
+    cfg = small_config(folder, scenes, *NO_TEST, "SOLVER.MAX_ITER", 9, "SOLVER.CHECKPOINT_PERIOD", 2)
+    trainer = Trainer(cfg)
+    trainer.register_hooks([_Interrupt(after, at_once)])
+    trainer.resume_or_load(resume=resume)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        _train(trainer)
+    assert end.value.code == 130
+    return capsys.readouterr().err
+
+
+def test_ctrl_c_names_the_checkpoint_of_this_run_only(tmp_path, scenes, capsys):
+    assert "Stopped before the first checkpoint was saved." in _stopped(tmp_path, scenes, capsys)
+    saved = f"The last checkpoint is {tmp_path}/out/model_0000001.pth; the same command with --resume"
+    assert saved in _stopped(tmp_path, scenes, capsys, after=1, at_once=False)
+    # A run that starts anew in the same folder does not go on from that one; a resumed run does.
+    assert "Stopped before the first checkpoint was saved." in _stopped(tmp_path, scenes, capsys)
+    assert saved in _stopped(tmp_path, scenes, capsys, after=2, resume=True)
+
+
+def test_only_the_main_process_speaks_of_ctrl_c(tmp_path, scenes, capsys, monkeypatch):
+    cfg = small_config(tmp_path, scenes, *NO_TEST)
+    trainer = Trainer(cfg)
+    trainer.register_hooks([_Interrupt(0, True)])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    with pytest.raises(SystemExit):
+        _train(trainer)
+    assert "Stopped" not in capsys.readouterr().err
+
+
+def test_the_line_with_the_result_comes_without_a_picture_too(tmp_path, scenes, capsys, caplog):
+    cfg = small_config(tmp_path, scenes)
+    model = Trainer.build_model(cfg)
+    results = {"bbox": {"AP": 10.0, "AP50": 23.4}}
+    _show(cfg, model, results)
+    picture = tmp_path / "out" / "detections.png"
+    assert capsys.readouterr().out.splitlines()[-1] == f"AP50 23.4  picture: {picture}"
+    assert not [r for r in caplog.records if r.levelname == "WARNING" and "picture" in r.message]
+    picture.unlink()
+    picture.mkdir()  # now it cannot be written
+    _show(cfg, model, results)
+    assert capsys.readouterr().out.splitlines()[-1] == "AP50 23.4"
+    assert len([r for r in caplog.records if r.levelname == "WARNING" and "No picture" in r.message]) == 1
+
+
+def test_augmentation_that_the_model_cannot_have_is_refused_before_training(tmp_path, scenes, capsys):
+    cfg = small_config(tmp_path, scenes, "MODEL.META_ARCHITECTURE", "ProposalNetwork", "TEST.AUG.ENABLED", "True")
+    with pytest.raises(SystemExit) as end:
+        run(argparse.Namespace(resume=False, eval_only=False), cfg)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: TEST.AUG.ENABLED")
