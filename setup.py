@@ -20,7 +20,8 @@ setup(
     extras_require={
         # Only where cv2 cannot be imported: opencv-python and opencv-python-headless overwrite each other.
         "opencv": ["opencv-python-headless"],
-        "test": ["hypothesis", "pytest>=7", "pytest-xdist>=3.2", "ruff"],
+        # shapely: fvcore crops polygons with it.
+        "test": ["hypothesis", "pytest>=7", "pytest-xdist>=3.2", "ruff", "shapely"],
     },
     entry_points={"console_scripts": ["fpn-d2=fpn_d2.cli:main"]},
 )

@@ -92,6 +92,9 @@ def _is_mapping(path: str) -> bool:
 
 
 def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
+    switch = next((o for o in opts if o.startswith("--")), None)
+    if switch:
+        raise UserError(f"{switch} stands among the KEY VALUE pairs: put it before them")
     if len(opts) % 2:
         hint = " (a space between KEY and VALUE, no =)" if any("=" in o for o in opts[::2]) else ""
         raise UserError(f"options are KEY VALUE pairs{hint}, but {opts[-1]!r} is left without a partner: {opts}")

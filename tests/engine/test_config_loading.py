@@ -128,3 +128,8 @@ def test_without_a_gpu_the_device_becomes_cpu_with_a_line(caplog):
 def test_loading_twice_gives_the_same(tmp_path, scenes):
     path = str(write_config(tmp_path / "c.yaml", scenes))
     assert load_config(path) == load_config(path)
+
+
+def test_a_switch_after_the_options_is_named():
+    with pytest.raises(UserError, match="--eval-only stands among the KEY VALUE pairs: put it before them"):
+        load_config("", ["OUTPUT_DIR", "somewhere", "--eval-only"])
