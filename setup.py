@@ -15,13 +15,16 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["fpn_d2", "fpn_d2.*"]),
+    package_data={"fpn_d2.analysis": ["*.json"], "fpn_d2.modeling.ops": ["*.cpp"]},
     # All of these are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced.
     install_requires=["numpy", "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "tqdm>4.29.0"],
     extras_require={
         # Only where cv2 cannot be imported: opencv-python and opencv-python-headless overwrite each other.
         "opencv": ["opencv-python-headless"],
+        # Bottom-up pathways of timm. It requires torch and torchvision of any version: those that are there will do.
+        "timm": ["timm>=1.0.9"],
         # shapely: fvcore crops polygons with it.
-        "test": ["hypothesis", "pytest>=7", "pytest-xdist>=3.2", "ruff", "shapely"],
+        "test": ["hypothesis", "pytest>=7", "pytest-xdist>=3.2", "ruff", "shapely", "timm>=1.0.9"],
     },
     entry_points={"console_scripts": ["fpn-d2=fpn_d2.cli:main"]},
 )

@@ -1,16 +1,20 @@
-"""Writes the parts of the documents that follow from the code: the table of keys and the table of configs.
+"""Writes the parts of the documents that follow from the code: the tables of keys, of configs and of models.
 
     python docs/generate.py
+    python docs/generate.py --models    the table of models too, which takes half a minute
 
 Each part stands between two comments in its document; the rest of the document is written by hand.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+# Height and width in pixels: a photograph of 4:3 at the shorter side 800, padded.
+MODEL_SIZE = (800, 1088)
 
 
 def key_table(source: str, defaults: dict[str, object]) -> str:
@@ -92,8 +96,15 @@ def replace_part(document: str, name: str, part: str) -> str:
     return f"{document[: found.end(1)]}\n{part}\n{document[found.start(2) :]}"
 
 
-def generate() -> dict[Path, str]:
-    """Return the new text of every document that holds a generated part."""
+def model_table() -> str:
+    """Make the table of everything that is registered, for the image size that detectors on COCO see most often."""
+    from fpn_d2.analysis.components import list_components, show
+
+    return show(list_components(MODEL_SIZE, progress=None), MODEL_SIZE, "markdown")
+
+
+def generate(models: bool = False) -> dict[Path, str]:
+    """Return the new text of every document that holds a generated part, that of models only if asked for."""
     from detectron2.config import CfgNode
 
     from fpn_d2.config import add_fpn_d2_config
@@ -102,12 +113,16 @@ def generate() -> dict[Path, str]:
     add_fpn_d2_config(added)
     keys = key_table((ROOT / "fpn_d2" / "config.py").read_text(), flatten(added))
     parts = [(ROOT / "docs" / "configuration.md", "keys", keys), (ROOT / "README.md", "configs", config_table())]
+    if models:
+        parts.append((ROOT / "docs" / "models.md", "models", model_table()))
     return {path: replace_part(path.read_text(), name, part) for path, name, part in parts}
 
 
 def main() -> int:
     """Write the documents that have changed and name them."""
-    for path, text in generate().items():
+    parser = argparse.ArgumentParser(description="Write the parts of the documents that follow from the code.")
+    parser.add_argument("--models", action="store_true", help="the table of models too, which takes half a minute")
+    for path, text in generate(parser.parse_args().models).items():
         if path.read_text() != text:
             path.write_text(text)
             print(f"wrote {path.relative_to(ROOT)}")

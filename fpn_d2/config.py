@@ -23,28 +23,124 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.MODEL.FPN = CfgNode()
     # Bottom-up pathway: a name in Detectron2's BACKBONE_REGISTRY whose maps include MODEL.FPN.IN_FEATURES.
     new.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
-    # Neck: a name in fpn_d2's NECK_REGISTRY. FPN (Lin et al., CVPR 2017).
+    # Neck: a name in fpn_d2's NECK_REGISTRY. "FPN" (Lin et al., CVPR 2017), "PAFPN" (FPN and a second bottom-up path,
+    # Liu et al., CVPR 2018), "BiFPN" (weighted fusion in both directions, repeated, Tan et al., CVPR 2020), "NASFPN"
+    # (the graph that a search found, for five levels, repeated, Ghiasi et al., CVPR 2019).
     new.MODEL.FPN.NECK = "FPN"
-    # Top-down up-sampling by 2: "nearest", "bilinear" or "deconv" (a learned 2x2 transposed convolution that
-    # starts out as nearest).
+    # Top-down up-sampling by 2 of FPN and PAFPN: "nearest", "bilinear" or "deconv" (a learned 2x2 transposed
+    # convolution that starts out as nearest).
     new.MODEL.FPN.UPSAMPLE = "nearest"
     # Levels above the last map of IN_FEATURES: "maxpool" (one level, every second cell of the last output),
     # "p6p7_c5" (two levels, 3x3 stride-2 convolutions on the last bottom-up map), "p6p7_p5" (the same on the
-    # last output), "none", or "auto": p6p7_c5 for the RetinaNet meta-architecture, maxpool for all others.
+    # last output), "p6p7_maxpool" (two levels, 3x3 stride-2 max pooling of the last bottom-up map after a 1x1
+    # convolution), "none", or "auto": p6p7_c5 for the RetinaNet meta-architecture, maxpool for all others.
+    # BiFPN and NASFPN fuse these levels with the others; "last output" is then the last map after its 1x1 convolution.
     new.MODEL.FPN.TOP_BLOCK = "auto"
+    # Ablation of FPN and PAFPN: False cuts the top-down pathway, each level is its own 1x1 and 3x3 convolution alone.
+    new.MODEL.FPN.TOP_DOWN = True
+    # Ablation of FPN and PAFPN: False cuts the lateral connections, the coarsest map alone is up-sampled to all levels.
+    new.MODEL.FPN.LATERAL = True
+    # Outputs of FPN and PAFPN that are computed, e.g. ["p2"] for the finest level alone; empty: all.
+    new.MODEL.FPN.OUT_FEATURES = []
+    # Fusion of maps in BiFPN: "fast" (learned weights of at least 0, divided by their sum), "softmax" (over learned
+    # weights) or "sum".
+    new.MODEL.FPN.FUSION = "fast"
+    # Number of times that BiFPN and NASFPN pass over the pyramid; 0: the neck's own, 3 for BiFPN and 7 for NASFPN.
+    new.MODEL.FPN.REPEATS = 0
+    # Whether the 3x3 convolutions of BiFPN are depthwise separable, as in its paper.
+    new.MODEL.FPN.SEPARABLE_CONV = True
+    # Levels k, with stride 2^k, that the neck SimpleFeaturePyramid makes from its one map; consecutive. Published with
+    # MODEL.FPN.NORM "LN".
+    new.MODEL.FPN.SIMPLE_PYRAMID_LEVELS = [2, 3, 4, 5]
+    # Levels k, with stride 2^k, that the neck ImagePyramid makes, each from the image at another size; consecutive.
+    new.MODEL.FPN.IMAGE_PYRAMID_LEVELS = [2, 3, 4, 5, 6]
+
+    # ---- Bottom-up pathways: MODEL.FPN.BOTTOM_UP ---------------------------------------------------------------
+    new.MODEL.TIMM = CfgNode()
+    # Model of "build_timm_backbone" (any with feature maps) or "build_vit_backbone" (a plain ViT): its name in timm,
+    # with or without the tag of its weights, e.g. "resnet50.a1_in1k". MODEL.BACKBONE.FREEZE_AT counts its stages.
+    new.MODEL.TIMM.NAME = ""
+    # Maps that build_timm_backbone gives, res{k} for stride 2^k.
+    new.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Let timm download its weights.
+    new.MODEL.TIMM.PRETRAINED = False
+    # File of weights of this timm model, .safetensors or .pth, classifier or not; empty: none.
+    new.MODEL.TIMM.WEIGHTS = ""
+    # When INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are not what the weights of PRETRAINED or WEIGHTS expect:
+    # "refuse" to build, with the right lines in the message, or "ignore" it.
+    new.MODEL.TIMM.PREPROCESSING = "refuse"
+    # What batch norms of build_timm_backbone become: "FrozenBN", "SyncBN", or empty: they stay.
+    new.MODEL.TIMM.NORM = ""
+    # Rate of stochastic depth in the last block, in [0, 1); the model's blocks before it have less.
+    new.MODEL.TIMM.DROP_PATH = 0.0
+    # Recompute maps in the backward pass: less memory, more time. Batch norms that train then see each batch twice.
+    new.MODEL.TIMM.GRADIENT_CHECKPOINTING = False
+    # More arguments of timm.create_model, each [name, value], e.g. [["img_size", 512]].
+    new.MODEL.TIMM.OPTIONS = []
+    new.MODEL.VIT = CfgNode()
+    # Maps of build_vit_backbone. Empty: the last one, called res4 for patches of 16 x 16 pixels. Four ascending numbers
+    # of blocks, counted from 1, as [3, 6, 9, 12]: the maps after these, brought to strides 4 to 32 as res2 to res5.
+    new.MODEL.VIT.OUT_BLOCKS = []
+    new.MODEL.HYBRID = CfgNode()
+    # Transformer blocks that make C5 in build_hybrid_resnet_vit_backbone, on the C4 of the ResNet of MODEL.RESNETS.
+    new.MODEL.HYBRID.DEPTH = 4
+    # Attention heads of each; a divisor of CHANNELS.
+    new.MODEL.HYBRID.NUM_HEADS = 8
+    # Width of the hidden layer of each block's MLP, as a multiple of CHANNELS.
+    new.MODEL.HYBRID.MLP_RATIO = 4.0
+    # Channels of the blocks and of C5; a multiple of 4.
+    new.MODEL.HYBRID.CHANNELS = 512
+    # Rate of stochastic depth in the last block, in [0, 1), growing linearly up to it.
+    new.MODEL.HYBRID.DROP_PATH = 0.0
+    new.MODEL.REGNET = CfgNode()
+    # RegNet of build_regnet_backbone (Radosavovic et al., CVPR 2020), with the norm MODEL.RESNETS.NORM: its blocks. The
+    # defaults are RegNetX-4GF.
+    new.MODEL.REGNET.DEPTH = 23
+    # Slope of the width over the blocks, in channels per block.
+    new.MODEL.REGNET.W_A = 38.65
+    # Width at the first block, in channels; a multiple of 8.
+    new.MODEL.REGNET.W_0 = 96
+    # Factor of the width from stage to stage; greater than 1.
+    new.MODEL.REGNET.W_M = 2.43
+    # Channels per group of the 3x3 convolutions.
+    new.MODEL.REGNET.GROUP_WIDTH = 40
+    # Squeeze-and-excitation width as a multiple of the block's input; 0: none (RegNetX), 0.25: RegNetY.
+    new.MODEL.REGNET.SE_RATIO = 0.0
+    # Channels of the stem.
+    new.MODEL.REGNET.STEM_WIDTH = 32
+    # Maps that it gives, of res2 to res5.
+    new.MODEL.REGNET.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    new.MODEL.BOTTOM_UP = CfgNode()
+    # Arguments, each [name, value], of the class behind build_d2_swin_backbone, build_d2_mvit_backbone or
+    # build_d2_vit_backbone, which Detectron2's main branch has; e.g. [["embed_dim", 128]].
+    new.MODEL.BOTTOM_UP.OPTIONS = []
 
     # ---- RoI level assignment and pooling: MODEL.ROI_HEADS.NAME "FPNROIHeads" or "FPNCascadeROIHeads" --------
     new.MODEL.ROI_LEVEL_ASSIGN = CfgNode()
-    # Rule that names the pyramid level of a RoI. "canonical": k = floor(k0 + log2(sqrt(w * h) / s0)), clamped to
-    # the levels in MODEL.ROI_HEADS.IN_FEATURES (Lin et al., CVPR 2017, equation 1).
+    # Levels that a RoI is pooled from, out of MODEL.ROI_HEADS.IN_FEATURES. "canonical": one, k = floor(k0 +
+    # log2(sqrt(w * h) / s0)), clamped to those there are (Lin et al., CVPR 2017, equation 1); "finest": the finest;
+    # "soft": the two round k, weighted by its fractional part; all of them, combined: "all_max" (PANet's adaptive
+    # feature pooling), "all_sum", "all_concat" (heads with as many times the channels), "groie" (5x5 convolution, sum,
+    # non-local block).
     new.MODEL.ROI_LEVEL_ASSIGN.NAME = "canonical"
     # s0: side of a RoI, in pixels of the network's input, that belongs on CANONICAL_LEVEL. Greater than 0.
     new.MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE = 224
     # k0: level, as log2 of its stride, on which a RoI of side CANONICAL_BOX_SIZE is pooled.
     new.MODEL.ROI_LEVEL_ASSIGN.CANONICAL_LEVEL = 4
+    # Whether "all_max" has a 3x3 convolution and ReLU of its own for each level, before the maximum.
+    new.MODEL.ROI_LEVEL_ASSIGN.ADAPT_CONV = True
+    new.MODEL.RPN = CfgNode()
+    # Factor of the RPN's losses on each map in MODEL.RPN.IN_FEATURES, 0 or more, in their order; empty: 1 each. Read by
+    # MODEL.PROPOSAL_GENERATOR.NAME "FPNRPN", which is Detectron2's "RPN" otherwise.
+    new.MODEL.RPN.LEVEL_LOSS_WEIGHTS = []
     new.MODEL.ROI_BOX_HEAD = CfgNode()
     # (height, width) in cells of what the box head sees of a RoI; empty: POOLER_RESOLUTION on both sides.
     new.MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE = []
+
+    # ---- Numerics ---------------------------------------------------------------------------------------------
+    # "fast": faster operations, whose results differ from Detectron2's by float32 rounding (1e-5 relative); "exact":
+    # Detectron2's own operations, the same bits on a CPU. Neither lowers the precision.
+    new.MODEL.NUMERICS = "fast"
 
     # ---- Weights ----------------------------------------------------------------------------------------------
     # What to do with a weight file that does not match the whole model. "auto": accept it when whole parts are

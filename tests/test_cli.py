@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fpn_d2 import cli
 from fpn_d2.data.scenes import make_scenes
@@ -86,3 +87,121 @@ def test_unknown_or_incomplete_command_shows_the_usage(arguments, capsys):
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: fpn-d2" in capsys.readouterr().err
+
+
+def test_convert_torchvision(tmp_path, capsys):
+    from .engine.test_torchvision_weights import small_weights
+
+    source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    torch.save(small_weights("retinanet", 91), source)
+    assert cli.main(["convert-torchvision", source, target]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{target}: retinanet_resnet50_fpn with 80 classes")
+    assert f"--config-file configs/torchvision/retinanet_R_50_FPN.yaml MODEL.WEIGHTS {target}\n" in out
+    first = torch.load(target, weights_only=True)["model"]
+    assert cli.main(["convert-torchvision", source, target, "--all-classes", "--batch-norm-eps", "1e-3"]) == 0
+    assert "90 classes" in (out := capsys.readouterr().out) and out.endswith("MODEL.RETINANET.NUM_CLASSES 90\n")
+    second = torch.load(target, weights_only=True)["model"]
+    variances = "backbone.bottom_up.stem.conv1.norm.running_var"
+    torch.testing.assert_close(second[variances] - first[variances], torch.full((2,), 1e-3), rtol=1e-3, atol=1e-6)
+    torch.save({"a": torch.zeros(2)}, source)
+    assert cli.main(["convert-torchvision", source, target]) == 1
+    assert f"fpn-d2 convert-torchvision: {source}: these are not the weights" in capsys.readouterr().err
+
+
+def test_models(monkeypatch, capsys):
+    from fpn_d2.analysis import components
+
+    asked, real = [], components.list_components
+
+    def one(size, progress):
+        asked.append(size)
+        return real(size, names=["canonical"])
+
+    monkeypatch.setattr(components, "list_components", one)
+    assert cli.main(["models", "--size", "480x640", "--format", "json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert asked == [(480, 640)] and (shown["height"], shown["width"]) == (480, 640)
+    assert [row["name"] for row in shown["components"]] == ["canonical"]
+    assert cli.main(["models"]) == 0
+    assert asked[1] == (800, 1088) and "RoI extractors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["480", "480x", "0x640", "480x640x3", "-1x5"])
+def test_models_refuses_what_is_no_size(size, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["models", "--size", size])
+    assert "800x1088" in capsys.readouterr().err or size.startswith("-")
+
+
+def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
+    from fpn_d2.analysis import study
+
+    asked = {}
+
+    def run_study(folder, **options):
+        asked.update(options, folder=folder)
+        (tmp_path / "table.md").write_text("the table")
+        return tmp_path / "table.md"
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    words = "study --output out --seeds 4 5 --variants fpn c4 --iterations 7 --train 8 --val 9 --time-pairs 3 --jobs 2"
+    assert cli.main([*words.split(), "--opts", "SOLVER.BASE_LR", "0.1"]) == 0
+    assert asked == {
+        "folder": "out",
+        "seeds": [4, 5],
+        "variants": ["fpn", "c4"],
+        "configs": study.CONFIGS,
+        "iterations": 7,
+        "train_scenes": 8,
+        "val_scenes": 9,
+        "time_pairs": 3,
+        "jobs": 2,
+        "opts": ["SOLVER.BASE_LR", "0.1"],
+    }
+    assert "the table" in capsys.readouterr().out
+
+
+def test_study_has_the_defaults_of_the_function():
+    from fpn_d2.analysis.study import run_study
+
+    args = vars(cli.build_parser().parse_args(["study", "--output", "x"]))
+    names = {"train_scenes": "train", "val_scenes": "val"}
+    for name, parameter in inspect.signature(run_study).parameters.items():
+        if name not in ("folder", "configs"):
+            assert args[names.get(name, name)] == parameter.default, name
+
+
+def test_compare_passes_its_arguments_on(monkeypatch, capsys):
+    from fpn_d2.analysis import compare, compare_report
+
+    taken = []
+    monkeypatch.setattr(compare, "run_compare", lambda a, b, plan, command: taken.append((a, b, plan, command)))
+    monkeypatch.setattr(compare_report, "text", lambda result: "tables")
+    assert cli.main(["compare", "a.yaml", "b.yaml"]) == 0
+    assert taken.pop() == ("a.yaml", "b.yaml", compare.Plan(), "fpn-d2 compare a.yaml b.yaml")
+    words = "--weights w.pth --sizes 64x96 32x32 --batch 1 8 --rounds 3 --warmup 1 --threads 2 --device cpu --train "
+    words += "--no-memory --data --torchvision --optimize both --dtype bfloat16 --opts A 1 --opts-a B 2 --opts-b C 3 "
+    words += "--output out"
+    assert cli.main(["compare", "a.yaml", "b.yaml", *words.split()]) == 0
+    expected = compare.Plan(
+        weights="w.pth",
+        sizes=[(64, 96), (32, 32)],
+        batches=[1, 8],
+        rounds=3,
+        warmup=1,
+        threads=2,
+        device="cpu",
+        train=True,
+        memory=False,
+        data=True,
+        torchvision=True,
+        optimize="both",
+        dtype="bfloat16",
+        opts=["A", "1"],
+        opts_a=["B", "2"],
+        opts_b=["C", "3"],
+        output="out",
+    )
+    assert taken.pop()[2] == expected
+    assert "tables" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.cli import build_parser
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY
+from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -44,7 +44,10 @@ def generate():
 @pytest.fixture
 def clean_registries():
     """Take away what a test has registered, so that it can run again in the same process."""
-    registries = (NECK_REGISTRY, LEVEL_ASSIGN_REGISTRY, BACKBONE_REGISTRY, ROI_HEADS_REGISTRY)
+    registries = (
+        *(NECK_REGISTRY, LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY),
+        *(BACKBONE_REGISTRY, ROI_HEADS_REGISTRY),
+    )
     before = [{name for name, _ in registry} for registry in registries]
     yield
     for registry, names in zip(registries, before, strict=True):
@@ -61,6 +64,29 @@ def default_cfg() -> CfgNode:
 def test_generated_parts_are_up_to_date(generate):
     for path, text in generate.generate().items():
         assert path.read_text() == text, f"{path.name} is stale: run python docs/generate.py"
+
+
+@pytest.mark.slow
+def test_table_of_models_is_up_to_date(generate):
+    path = ROOT / "docs" / "models.md"
+    text = path.read_text()
+    fresh = generate.replace_part(text, "models", generate.model_table())
+
+    def lines(text):  # Detectron2's main branch has pathways that 0.6 lacks
+        return [line for line in text.splitlines() if "build_d2_" not in line and line]
+
+    assert lines(text) == lines(fresh), "models.md is stale: run python docs/generate.py --models"
+
+
+def test_everything_registered_is_in_the_table_of_models():
+    text = (ROOT / "docs" / "models.md").read_text()
+    registries = (NECK_REGISTRY, BACKBONE_REGISTRY, LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY)
+    names = [name for registry in registries for name, _ in registry if name != "build_fpn_backbone"]
+    assert len(names) > 15
+    for name in names:
+        assert re.search(rf"^(\| {name} \||Not built: {name}\.)", text, re.MULTILINE), (
+            f"{name} is not in models.md: run python docs/generate.py --models"
+        )
 
 
 def test_every_key_is_in_the_table(generate):

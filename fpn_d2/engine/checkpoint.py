@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .errors import UserError, not_found
+from .torchvision_weights import convert_torchvision, is_torchvision
 from .weight_report import judge, log_report, report_of
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,13 @@ class ReportingCheckpointer(DetectionCheckpointer):
             ) from error
         if not isinstance(loaded.get("model"), dict) or not loaded["model"]:
             raise UserError(f"{os.path.abspath(filename)} holds no weights: its 'model' is empty or no dictionary")
+        if is_torchvision(loaded["model"]):
+            try:
+                weights, known = convert_torchvision(loaded["model"])
+            except UserError as error:
+                raise UserError(f"{os.path.abspath(filename)}: {error}") from None
+            logger.info("%s holds torchvision's %s: converted; its config is %s", filename, known.name, known.config)
+            loaded = {"model": weights}
         self._heuristic_names = bool(loaded.get("matching_heuristics", False))
         self._file = filename
         return loaded

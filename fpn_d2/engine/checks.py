@@ -23,7 +23,8 @@ from detectron2.modeling import (
 )
 from detectron2.solver import build as solver_build
 
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY
+from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling.numerics import NUMERICS
 
 from .errors import UserError, did_you_mean, not_found
 from .optimizer import OPTIMIZERS
@@ -35,8 +36,10 @@ _READ_BY = {
     "PanopticFPN": ("PROPOSALS", "ROI", "SEM_SEG"),
     "SemanticSegmentor": ("SEM_SEG",),
     "RetinaNet": ("ANCHORS",),
+    "TorchvisionRetinaNet": ("ANCHORS",),
 }
 _OPTIONS = {
+    "MODEL.NUMERICS": NUMERICS,
     "MODEL.PARTIAL_WEIGHTS": ("auto", "allow", "refuse"),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.AMP.DTYPE": ("auto", "float16", "bfloat16"),
@@ -101,6 +104,11 @@ def _check_components(cfg: CfgNode) -> None:
             [*_names(PROPOSAL_GENERATOR_REGISTRY), "PrecomputedProposals"],
             list_all=True,
         )
+        if model.RPN.LEVEL_LOSS_WEIGHTS and model.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN", "PrecomputedProposals"):
+            raise UserError(
+                f"MODEL.RPN.LEVEL_LOSS_WEIGHTS is {list(model.RPN.LEVEL_LOSS_WEIGHTS)}, which "
+                f"{model.PROPOSAL_GENERATOR.NAME} does not read: set MODEL.PROPOSAL_GENERATOR.NAME to FPNRPN"
+            )
         if model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
             _check("MODEL.RPN.HEAD_NAME", model.RPN.HEAD_NAME, _names(RPN_HEAD_REGISTRY), list_all=True)
             read = (*read, "ANCHORS")
@@ -109,7 +117,8 @@ def _check_components(cfg: CfgNode) -> None:
     if "ROI" in read:
         _check("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, _names(ROI_HEADS_REGISTRY), list_all=True)
         if model.ROI_HEADS.NAME.startswith("FPN"):
-            _check("MODEL.ROI_LEVEL_ASSIGN.NAME", model.ROI_LEVEL_ASSIGN.NAME, _names(LEVEL_ASSIGN_REGISTRY), True)
+            rules = [*_names(LEVEL_ASSIGN_REGISTRY), *_names(ROI_EXTRACTOR_REGISTRY)]
+            _check("MODEL.ROI_LEVEL_ASSIGN.NAME", model.ROI_LEVEL_ASSIGN.NAME, rules, list_all=True)
         if model.ROI_BOX_HEAD.NAME:  # empty for the heads that have none, as Res5ROIHeads
             _check("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, _names(ROI_BOX_HEAD_REGISTRY), list_all=True)
         if model.MASK_ON:
@@ -133,9 +142,9 @@ def _check_values(cfg: CfgNode) -> None:
         values["MODEL.RESNETS.NORM"] = _norms()
     if model.BACKBONE.NAME in _RESNET_FPNS or (ours and model.FPN.NECK == "FPN"):
         values["MODEL.FPN.NORM"] = _norms()
-    if "PROPOSALS" in read and model.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN"):
+    if "PROPOSALS" in read and model.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN", "FPNRPN"):
         values["MODEL.RPN.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
-    if model.META_ARCHITECTURE == "RetinaNet":
+    if model.META_ARCHITECTURE in ("RetinaNet", "TorchvisionRetinaNet"):
         values["MODEL.RETINANET.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
     if "ROI" in read and model.ROI_HEADS.NAME in ("Res5ROIHeads", *_POOLING_HEADS):
         values["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES

@@ -1,23 +1,44 @@
 """The three stops that we own: backbone (bottom-up and neck), level assignment, pooling. Importing registers them."""
 
+from .anchors import TorchvisionAnchorGenerator
 from .backbone import PyramidBackbone, build_fpn_backbone
+from .bottom_up import HybridResNetViT, RegNetBackbone, TimmBackbone, ViTBackbone, expected_preprocessing
+from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
-from .necks import FPN, NECK_REGISTRY, Neck, build_neck
-from .poolers import PyramidROIPooler, build_pooler
+from .necks import FPN, NASFPN, NECK_REGISTRY, PAFPN, BiFPN, ImagePyramid, Neck, SimpleFeaturePyramid, build_neck
+from .poolers import CombiningROIPooler, PyramidROIPooler, build_pooler
+from .retinanet import TorchvisionRetinaNet
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
+from .rpn import FPNRPN
 
 __all__ = [
     "FPN",
+    "FPNRPN",
     "LEVEL_ASSIGN_REGISTRY",
+    "NASFPN",
     "NECK_REGISTRY",
+    "PAFPN",
+    "ROI_EXTRACTOR_REGISTRY",
+    "BiFPN",
     "CanonicalLevelAssigner",
+    "CombiningROIPooler",
     "FPNCascadeROIHeads",
     "FPNROIHeads",
+    "HybridResNetViT",
+    "ImagePyramid",
     "Neck",
     "PyramidBackbone",
     "PyramidROIPooler",
+    "ROIExtractor",
+    "RegNetBackbone",
+    "SimpleFeaturePyramid",
+    "TimmBackbone",
+    "TorchvisionAnchorGenerator",
+    "TorchvisionRetinaNet",
+    "ViTBackbone",
     "build_fpn_backbone",
     "build_neck",
     "build_pooler",
     "canonical_levels",
+    "expected_preprocessing",
 ]

@@ -6,6 +6,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor
 
 from .necks import Neck, build_neck
+from .numerics import is_fast, speed_up
 
 
 class PyramidBackbone(Backbone):
@@ -45,7 +46,7 @@ class PyramidBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the pyramid ``{"p2": (N, C, H/4, W/4), ...}`` of the images ``x`` (N, 3, H, W)."""
-        return self.neck(self.bottom_up(x))
+        return self.neck.pyramid(self.bottom_up, x)
 
     def train(self, mode: bool = True) -> "PyramidBackbone":
         """Switch to training or evaluation mode, the neck itself included."""
@@ -86,4 +87,5 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
         known = ", ".join(sorted(key for key, _ in BACKBONE_REGISTRY if key != "build_fpn_backbone"))
         raise ValueError(f"MODEL.FPN.BOTTOM_UP is {name!r}; expected a registered bottom-up pathway: {known}")
     bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
-    return PyramidBackbone(bottom_up, build_neck(cfg, bottom_up.output_shape()))
+    backbone = PyramidBackbone(bottom_up, build_neck(cfg, bottom_up.output_shape()))
+    return speed_up(backbone, cfg.MODEL.DEVICE) if is_fast(cfg) else backbone

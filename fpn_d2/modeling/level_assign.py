@@ -23,6 +23,23 @@ the boxes of a batch to level indices, see :class:`CanonicalLevelAssigner`.
 EPSILON = 1e-8
 
 
+def fractional_levels(areas: Tensor, canonical_box_size: float = 224, canonical_level: int = 4) -> Tensor:
+    """k0 + log2(sqrt(area) / s0), neither rounded nor limited to the levels that exist.
+
+    Args:
+        areas: (M,) box areas in square pixels of the network's input, not negative. Half precision is computed in
+            float32, because areas above 65504 do not fit into float16.
+        canonical_box_size: s0, in pixels.
+        canonical_level: k0.
+
+    Returns:
+        (M,) at least float32.
+    """
+    if areas.dtype in (torch.float16, torch.bfloat16):
+        areas = areas.float()
+    return canonical_level + torch.log2(torch.sqrt(areas) / canonical_box_size + EPSILON)
+
+
 def canonical_levels(
     areas: Tensor, levels: Sequence[int], canonical_box_size: float = 224, canonical_level: int = 4
 ) -> Tensor:
@@ -32,8 +49,7 @@ def canonical_levels(
     a k in a gap becomes the next finer level, which keeps the detail that the rule asks for.
 
     Args:
-        areas: (M,) box areas in square pixels of the network's input, not negative. Half precision is computed in
-            float32, because areas above 65504 do not fit into float16.
+        areas: (M,) box areas in square pixels of the network's input, not negative, of any float type.
         levels: the levels that exist, ascending.
         canonical_box_size: s0, in pixels.
         canonical_level: k0.
@@ -45,9 +61,7 @@ def canonical_levels(
         >>> canonical_levels(torch.tensor([112.0**2, 224.0**2, 448.0**2]), levels=[2, 3, 4, 5])
         tensor([1, 2, 3])
     """
-    if areas.dtype in (torch.float16, torch.bfloat16):
-        areas = areas.float()
-    k = torch.floor(canonical_level + torch.log2(torch.sqrt(areas) / canonical_box_size + EPSILON))
+    k = torch.floor(fractional_levels(areas, canonical_box_size, canonical_level))
     k = torch.clamp(k, min=levels[0], max=levels[-1]).to(torch.int64)
     if levels[-1] - levels[0] + 1 == len(levels):
         return k - levels[0]
@@ -111,7 +125,7 @@ class CanonicalLevelAssigner:
         Returns:
             (M,) int64 level indices of all boxes, in the order of the images. A NaN has none: the pooler refuses it.
         """
-        areas = [_areas(boxes) for boxes in box_lists]
+        areas = [box_areas(boxes) for boxes in box_lists]
         if not areas:
             return torch.zeros(0, dtype=torch.int64)
         return canonical_levels(torch.cat(areas), self.levels, self.canonical_box_size, self.canonical_level)
@@ -129,8 +143,32 @@ def canonical(levels: Sequence[int], canonical_box_size: float, canonical_level:
     return CanonicalLevelAssigner(levels, canonical_box_size, canonical_level)
 
 
-def _areas(boxes: Boxes) -> Tensor:
-    """Areas in at least float32; 0 for a box that is turned inside out, which then goes to the finest level."""
+class FinestLevelAssigner:
+    """Every RoI on the finest pooled level: one map has to serve objects of all sizes."""
+
+    def __init__(self, levels: Sequence[int], canonical_box_size: float = 224, canonical_level: int = 4):
+        """Keep the levels; the other two arguments are those of every rule and have no meaning here."""
+        self.levels = tuple(levels)
+
+    def __call__(self, box_lists: Sequence[Boxes]) -> Tensor:
+        """Return (M,) zeros, int64: the level index of all boxes."""
+        if len(box_lists) == 0:
+            return torch.zeros(0, dtype=torch.int64)
+        # Made from the boxes, so that a trace follows their number.
+        return torch.zeros_like(torch.cat([boxes.tensor[:, 0] for boxes in box_lists]), dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(levels={self.levels})"
+
+
+@LEVEL_ASSIGN_REGISTRY.register()
+def finest(levels: Sequence[int], canonical_box_size: float, canonical_level: int) -> FinestLevelAssigner:
+    """Build the rule that knows one level."""
+    return FinestLevelAssigner(levels, canonical_box_size, canonical_level)
+
+
+def box_areas(boxes: Boxes) -> Tensor:
+    """(M,) areas in at least float32; 0 for a box that is turned inside out, which then goes to the finest level."""
     if boxes.tensor.dtype in (torch.float16, torch.bfloat16):
         boxes = type(boxes)(boxes.tensor.float())
     return boxes.area().clamp(min=0)

@@ -1,4 +1,4 @@
-"""Pools each RoI from its pyramid level.
+"""Pools each RoI from its pyramid level, or from several.
 
 Shape legend: N images, L levels, M RoIs of all images together, C channels, (h, w) pooled cells.
     maps       L tensors (N, C, H_l, W_l), from high to low resolution
@@ -6,6 +6,7 @@ Shape legend: N images, L levels, M RoIs of all images together, C channels, (h,
     pooled     (M, C, h, w), RoIs in the order of the images
 """
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,13 +17,17 @@ from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_forma
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
+from .numerics import is_fast
+from .ops import pyramid_roi_align
 
 
 class PyramidROIPooler(ROIPooler):
     """Detectron2's ``ROIPooler`` with an assigner of its own choice, any subset of levels and any output size.
 
-    With the default assigner the result equals Detectron2's, bit for bit, wherever Detectron2's is defined.
+    With the default assigner the result equals Detectron2's wherever Detectron2's is defined: within float32 rounding,
+    or bit for bit if ``exact``.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class PyramidROIPooler(ROIPooler):
         sampling_ratio: int,
         pooler_type: str,
         assigner: Callable[[Sequence[int]], Callable[[list[Boxes]], Tensor]] = CanonicalLevelAssigner,
+        exact: bool = False,
     ):
         """Build one RoI pooling operation per level.
 
@@ -41,6 +47,8 @@ class PyramidROIPooler(ROIPooler):
             sampling_ratio: samples per cell and axis of RoIAlign; 0: as many as the RoI has map cells.
             pooler_type: "ROIAlignV2", "ROIAlign", "ROIPool" or "ROIAlignRotated", as in Detectron2.
             assigner: called with the absolute levels, returns what maps the boxes of a batch to level indices.
+            exact: pool by Detectron2's own operations, to the bit; otherwise RoIAlign is that of
+                :func:`fpn_d2.modeling.ops.pyramid_roi_align`, which is faster and differs by float32 rounding.
 
         Raises:
             ValueError: an output size is not positive, a stride is not a power of 2, or they do not ascend.
@@ -59,6 +67,7 @@ class PyramidROIPooler(ROIPooler):
         self.levels = tuple(int(level) for level in levels)
         self.max_level = self.levels[-1]
         self.assigner = assigner(self.levels)
+        self.exact = exact or pooler_type not in ("ROIAlign", "ROIAlignV2")
 
     def forward(self, x: Sequence[Tensor], box_lists: Sequence[Boxes]) -> Tensor:
         """Pool every RoI from its level.
@@ -69,7 +78,7 @@ class PyramidROIPooler(ROIPooler):
                 a batch without images are fine.
 
         Returns:
-            (M, C, h, w) in the order of the boxes.
+            (M, out_channels, h, w) in the order of the boxes; out_channels is C, or what the extractor makes of it.
 
         Raises:
             ValueError: the number of maps or of images does not fit, or a box has a NaN or infinite coordinate.
@@ -79,32 +88,99 @@ class PyramidROIPooler(ROIPooler):
         if len(box_lists) != x[0].shape[0]:
             raise ValueError(f"got boxes of {len(box_lists)} images and maps of {x[0].shape[0]} images")
         if len(box_lists) == 0:
-            return x[0].new_zeros((0, x[0].shape[1], *self.output_size))
+            return x[0].new_zeros((0, self._out_channels(x[0].shape[1]), *self.output_size))
         check_finite(box_lists)
+        return self._extract(x, box_lists, convert_boxes_to_pooler_format(list(box_lists)))
+
+    def _out_channels(self, channels: int) -> int:
+        return channels
+
+    def _extract(self, x: Sequence[Tensor], box_lists: Sequence[Boxes], rois: Tensor) -> Tensor:
+        """Pool ``rois``, the boxes with the index of their image in front."""
         level_indices = self.assigner(box_lists)
-        rois = convert_boxes_to_pooler_format(list(box_lists))
+        if not self.exact:
+            return self._pool_fast(x, rois, level_indices, self.level_poolers)
         if len(self.levels) == 1:
-            return _pool(self.level_poolers[0], x[0], rois)
+            return pool_level(self.level_poolers[0], x[0], rois)
         pooled = x[0].new_zeros((rois.shape[0], x[0].shape[1], *self.output_size))
         for level_index, pooler in enumerate(self.level_poolers):
             rows = torch.nonzero(level_indices == level_index, as_tuple=True)[0]
             # index_put_ traces and differentiates; indexed assignment does not trace (pytorch issue 49852).
-            pooled.index_put_((rows,), _pool(pooler, x[level_index], rois[rows]))
+            pooled.index_put_((rows,), pool_level(pooler, x[level_index], rois[rows]))
         return pooled
 
+    def _pool_fast(self, x: Sequence[Tensor], rois: Tensor, level_indices: Tensor, poolers: Sequence) -> Tensor:
+        return pyramid_roi_align(
+            list(x),
+            rois,
+            level_indices,
+            [pooler.spatial_scale for pooler in poolers],
+            self.output_size,
+            poolers[0].sampling_ratio,
+            poolers[0].aligned,
+        )
 
-def _pool(pooler: nn.Module, level_map: Tensor, rois: Tensor) -> Tensor:
-    """Pool maps of half precision in float32.
 
-    Detectron2's operations bring the coordinates to the maps' type. In bfloat16 those between 256 and 512 then move by
-    up to a pixel, and boxes are learned from features beside them.
+class CombiningROIPooler(PyramidROIPooler):
+    """Pools each RoI from several levels, which an extractor combines; the extractor's parameters are its own."""
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int],
+        scales: Sequence[float],
+        sampling_ratio: int,
+        pooler_type: str,
+        extractor: Callable[[Sequence[int]], ROIExtractor],
+        exact: bool = False,
+    ):
+        """Build one RoI pooling operation per level, and the extractor.
+
+        Args:
+            output_size, scales, sampling_ratio, pooler_type, exact: see :class:`PyramidROIPooler`.
+            extractor: called with the absolute levels, returns an extractor.
+
+        Raises:
+            ValueError: see :class:`PyramidROIPooler`.
+        """
+        super().__init__(output_size, scales, sampling_ratio, pooler_type, assigner=lambda levels: None, exact=exact)
+        self.extractor = extractor(self.levels)
+
+    def _out_channels(self, channels: int) -> int:
+        return self.extractor.out_channels
+
+    def _extract(self, x: Sequence[Tensor], box_lists: Sequence[Boxes], rois: Tensor) -> Tensor:
+        def pool(level_index: int, rows: Tensor | None = None) -> Tensor:
+            some = rois if rows is None else rois[rows]
+            if not self.exact:
+                first = torch.zeros_like(some[:, 0], dtype=torch.int64)
+                return self._pool_fast([x[level_index]], some, first, [self.level_poolers[level_index]])
+            return pool_level(self.level_poolers[level_index], x[level_index], some)
+
+        return self.extractor(pool, box_lists)
+
+
+def pool_level(pooler: nn.Module, level_map: Tensor, rois: Tensor) -> Tensor:
+    """Pool ``rois`` from the map of one level by Detectron2's operation.
+
+    Maps of half precision are pooled in float32. Detectron2's operations bring the coordinates to the maps' type; in
+    bfloat16 those between 256 and 512 then move by up to a pixel, and boxes are learned from features beside them.
+
+    Args:
+        pooler: Detectron2's operation for this level.
+        level_map: (N, C, H_l, W_l).
+        rois: (M, 5): index of the image, then the box in pixels of the network's input.
+
+    Returns:
+        (M, C, h, w), of the map's type.
     """
     if level_map.dtype in (torch.float16, torch.bfloat16):
         return pooler(level_map.float(), rois.float()).to(level_map.dtype)
     return pooler(level_map, rois)
 
 
-def build_pooler(cfg: CfgNode, input_shape: dict[str, ShapeSpec], *, output_size, sampling_ratio, pooler_type):
+def build_pooler(
+    cfg: CfgNode, input_shape: dict[str, ShapeSpec], *, output_size, sampling_ratio, pooler_type
+) -> PyramidROIPooler:
     """Build a pooler over ``cfg.MODEL.ROI_HEADS.IN_FEATURES`` with the rule in ``cfg.MODEL.ROI_LEVEL_ASSIGN``.
 
     Args:
@@ -118,16 +194,58 @@ def build_pooler(cfg: CfgNode, input_shape: dict[str, ShapeSpec], *, output_size
         ValueError: no such rule, or the backbone does not give the maps asked for.
     """
     assign = cfg.MODEL.ROI_LEVEL_ASSIGN
-    if assign.NAME not in LEVEL_ASSIGN_REGISTRY:
-        known = ", ".join(sorted(name for name, _ in LEVEL_ASSIGN_REGISTRY))
-        raise ValueError(f"MODEL.ROI_LEVEL_ASSIGN.NAME is {assign.NAME!r}; known rules: {known}")
+    names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+    common = {
+        "output_size": output_size,
+        "scales": [1.0 / input_shape[name].stride for name in names],
+        "sampling_ratio": sampling_ratio,
+        "pooler_type": pooler_type,
+        "exact": not is_fast(cfg),
+    }
+    if combines_levels(assign.NAME):
+        return CombiningROIPooler(
+            **common, extractor=lambda levels: _build_extractor(cfg, levels, input_shape[names[0]].channels)
+        )
     rule = LEVEL_ASSIGN_REGISTRY.get(assign.NAME)
     return PyramidROIPooler(
-        output_size=output_size,
-        scales=[1.0 / input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
-        sampling_ratio=sampling_ratio,
-        pooler_type=pooler_type,
+        **common,
         assigner=lambda levels: rule(
             levels, canonical_box_size=assign.CANONICAL_BOX_SIZE, canonical_level=assign.CANONICAL_LEVEL
         ),
+    )
+
+
+def combines_levels(name: str) -> bool:
+    """Whether ``name`` (MODEL.ROI_LEVEL_ASSIGN.NAME) is an extractor rather than a rule that gives one level.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in LEVEL_ASSIGN_REGISTRY:
+        return False
+    if name in ROI_EXTRACTOR_REGISTRY:
+        return True
+    known = sorted(key for registry in (LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY) for key, _ in registry)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f", did you mean {near[0]}" if near else ""
+    raise ValueError(f"MODEL.ROI_LEVEL_ASSIGN.NAME is {name!r}{hint}; known rules: {', '.join(known)}")
+
+
+def extracted_channels(cfg: CfgNode, channels: int) -> int:
+    """Channels that the heads see of RoIs that are pooled from maps of ``channels``, under ``cfg``."""
+    if not combines_levels(cfg.MODEL.ROI_LEVEL_ASSIGN.NAME):
+        return channels
+    # On "meta" it draws no random numbers and takes no memory.
+    with torch.device("meta"):
+        return _build_extractor(cfg, range(len(cfg.MODEL.ROI_HEADS.IN_FEATURES)), channels).out_channels
+
+
+def _build_extractor(cfg: CfgNode, levels: Sequence[int], channels: int) -> ROIExtractor:
+    assign = cfg.MODEL.ROI_LEVEL_ASSIGN
+    return ROI_EXTRACTOR_REGISTRY.get(assign.NAME)(
+        levels,
+        channels,
+        canonical_box_size=assign.CANONICAL_BOX_SIZE,
+        canonical_level=assign.CANONICAL_LEVEL,
+        adapt_conv=assign.ADAPT_CONV,
     )

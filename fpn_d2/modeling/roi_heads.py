@@ -12,21 +12,24 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
-from .poolers import build_pooler
+from .numerics import is_fast
+from .ops.linear import use_onednn
+from .poolers import build_pooler, extracted_channels
 
 
 class _PyramidPoolers:
-    """Puts our poolers where Detectron2's ``from_config`` put its own; poolers hold no parameters."""
+    """Puts our poolers where Detectron2's ``from_config`` put its own, and builds the heads for what they give."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         names = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_maps(names, input_shape)
-        args = super().from_config(_without_gaps(cfg, input_shape), input_shape)
+        seen = _as_extracted(cfg, input_shape)
+        args = super().from_config(_without_gaps(cfg, input_shape), seen)
         output_size = _box_output_size(cfg)
         if not isinstance(output_size, int):
             for key in {"box_head", "box_heads"} & set(args):
-                args[key] = _resized(args[key], cfg, input_shape, output_size)
+                args[key] = _resized(args[key], cfg, seen, output_size)
         for branch, head, size in (
             ("box", cfg.MODEL.ROI_BOX_HEAD, output_size),
             ("mask", cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION),
@@ -42,7 +45,16 @@ class _PyramidPoolers:
                     sampling_ratio=head.POOLER_SAMPLING_RATIO,
                     pooler_type=head.POOLER_TYPE,
                 )
+        for head in ("box_head", "box_heads", "box_predictor", "box_predictors"):
+            for module in _modules(args.get(head)) if is_fast(cfg) else []:
+                use_onednn(module)
         return args
+
+
+def _modules(head: nn.Module | list | None) -> list[nn.Module]:
+    if head is None:
+        return []
+    return head if isinstance(head, list) else [head]
 
 
 def _check_maps(names: list[str], input_shape: dict[str, ShapeSpec]) -> None:
@@ -57,6 +69,22 @@ def _check_maps(names: list[str], input_shape: dict[str, ShapeSpec]) -> None:
             f"MODEL.ROI_HEADS.IN_FEATURES {list(names)} have {channels} channels; the heads are shared over the "
             "levels, so that all have to be the same: use a neck"
         )
+
+
+def _as_extracted(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, ShapeSpec]:
+    """The maps with the channels that the heads see, for extractors that pass on more than those of one map."""
+    channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+    extracted = extracted_channels(cfg, channels)
+    if extracted == channels:
+        return input_shape
+    for branch, there in (("MASK", cfg.MODEL.MASK_ON), ("KEYPOINT", cfg.MODEL.KEYPOINT_ON)):
+        if there and not cfg.MODEL[f"ROI_{branch}_HEAD"].POOLER_TYPE:
+            raise ValueError(
+                f"MODEL.ROI_LEVEL_ASSIGN.NAME {cfg.MODEL.ROI_LEVEL_ASSIGN.NAME!r} gives the heads {extracted} "
+                f"channels, but MODEL.ROI_{branch}_HEAD.POOLER_TYPE is empty: that head pools by itself, from maps of "
+                f"{channels}. Expected a pooler type, or another rule"
+            )
+    return {name: ShapeSpec(channels=extracted, stride=shape.stride) for name, shape in input_shape.items()}
 
 
 def _without_gaps(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> CfgNode:

@@ -165,3 +165,21 @@ def test_neck_that_would_lose_parameters_is_refused(options, message):
     bottom_up = build_backbone(config()).bottom_up
     with pytest.raises(ValueError, match=message):
         PyramidBackbone(bottom_up, OneMap(**options))
+
+
+class TwoSizes(OneMap):
+    """Runs the bottom-up pathway twice, as a neck may."""
+
+    def pyramid(self, bottom_up, images):
+        return {"p5": self(bottom_up(images))["p5"] + self(bottom_up(images.flip(3)))["p5"].flip(3)}
+
+
+def test_a_neck_may_run_the_bottom_up_pathway_itself():
+    bottom_up = build_backbone(config(MODEL__RESNETS__NORM="GN")).bottom_up
+    backbone = PyramidBackbone(bottom_up, TwoSizes()).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        once, both = backbone.neck(bottom_up(images))["p5"], backbone(images)["p5"]
+        mirrored = backbone.neck(bottom_up(images.flip(3)))["p5"]
+        torch.testing.assert_close(both, once + mirrored.flip(3))
+        assert not torch.allclose(both, once)

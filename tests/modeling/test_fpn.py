@@ -5,29 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.layers import ShapeSpec
 from torch import nn
 
 from fpn_d2.modeling import FPN
-from fpn_d2.modeling.necks.upsample import fit
+from fpn_d2.modeling.necks.upsample import add_nearest, fit
 
-CHANNELS = {"res2": 8, "res3": 12, "res4": 16, "res5": 20}
-SHAPES = {name: ShapeSpec(channels=c, stride=4 * 2**i) for i, (name, c) in enumerate(CHANNELS.items())}
-ODD_SIZES = [(64, 96), (65, 97), (33, 127), (100, 31), (31, 31), (1, 1)]
-
-
-def bottom_up_maps(size, names=tuple(CHANNELS), images=2, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(
-            images,
-            CHANNELS[name],
-            *(math.ceil(side / SHAPES[name].stride) for side in size),
-            generator=generator,
-            dtype=dtype,
-        )
-        for name in names
-    }
+from .maps import CHANNELS, ODD_SIZES, SHAPES, bottom_up_maps, pooled, repeated
 
 
 def build(**options):
@@ -71,7 +54,7 @@ def test_equals_loop_at_any_size(size, fuse):
 
 @pytest.mark.parametrize("size", ODD_SIZES)
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear", "deconv"])
-@pytest.mark.parametrize("top_block", ["maxpool", "p6p7_c5", "p6p7_p5", "none"])
+@pytest.mark.parametrize("top_block", ["maxpool", "p6p7_c5", "p6p7_p5", "p6p7_maxpool", "none"])
 def test_declared_shapes_are_real_at_odd_sizes(size, upsample, top_block):
     neck = build(upsample=upsample, top_block=top_block)
     outputs = neck(bottom_up_maps(size))
@@ -89,6 +72,7 @@ def test_declared_shapes_are_real_at_odd_sizes(size, upsample, top_block):
         (["res2", "res3", "res4", "res5"], "maxpool", "p2 p3 p4 p5 p6"),
         (["res3", "res4", "res5"], "p6p7_c5", "p3 p4 p5 p6 p7"),
         (["res3", "res4", "res5"], "p6p7_p5", "p3 p4 p5 p6 p7"),
+        (["res3", "res4", "res5"], "p6p7_maxpool", "p3 p4 p5 p6 p7"),
         (["res3", "res4"], "maxpool", "p3 p4 p5"),
         (["res4"], "none", "p4"),
     ],
@@ -110,6 +94,20 @@ def test_top_block_reads_c5_or_p5():
             p6 = neck.top_block.p6((features | outputs)[source])
             p7 = neck.top_block.p7(p6.relu())
         assert torch.equal(outputs["p6"], p6) and torch.equal(outputs["p7"], p7)
+
+
+def test_p6p7_maxpool_pools_c5():
+    neck, features = build(top_block="p6p7_maxpool"), bottom_up_maps((200, 168))
+    conv = neck.top_block.p6
+    with torch.no_grad():
+        outputs = neck(features)
+        p6 = pooled(F.conv2d(features["res5"], conv.weight, conv.bias), 3, 2, 1)
+        torch.testing.assert_close(outputs["p6"], p6)
+        torch.testing.assert_close(outputs["p7"], pooled(p6, 3, 2, 1))
+    assert [module.norm is None for module in (conv, build(top_block="p6p7_maxpool", norm="BN").top_block.p6)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear", "deconv"])
@@ -200,7 +198,7 @@ def test_convolutions_are_the_papers():
     [
         ({"fuse_type": "max"}, "FUSE_TYPE.*'max'.*sum.*avg"),
         ({"upsample": "bicubic"}, "UPSAMPLE.*'bicubic'.*nearest, bilinear, deconv"),
-        ({"top_block": "p6"}, "TOP_BLOCK.*'p6'.*maxpool, p6p7_c5, p6p7_p5, none"),
+        ({"top_block": "p6"}, "TOP_BLOCK.*'p6'.*maxpool, p6p7_c5, p6p7_p5, p6p7_maxpool, none"),
         ({"norm": "XN"}, "NORM.*'XN'.*expected GN"),
         ({"in_features": []}, "IN_FEATURES.*empty"),
         ({"in_features": ["res4", "res6"]}, r"asks for res6.*res5 \(stride 32, 20 channels\)"),
@@ -211,3 +209,152 @@ def test_convolutions_are_the_papers():
 def test_construction_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+# ---- Ablations ------------------------------------------------------------------------------------------------------
+
+
+def reach(neck):
+    """``{map: outputs that change when one cell of the map does}``."""
+    features = bottom_up_maps((96, 96))
+    with torch.no_grad():
+        before = neck(features)
+        seen = {}
+        for source in features:
+            changed = dict(features)
+            changed[source] = changed[source].clone()
+            changed[source][:, :, 1, 1] += 10
+            seen[source] = " ".join(name for name, x in neck(changed).items() if not torch.equal(x, before[name]))
+    return seen
+
+
+def children(neck):
+    return sorted(name for name, module in neck.named_children() if list(module.parameters()))
+
+
+ALL_TOP_DOWN = {"res2": "p2", "res3": "p2 p3", "res4": "p2 p3 p4", "res5": "p2 p3 p4 p5 p6"}
+
+
+@pytest.mark.parametrize(
+    "options,expected",
+    [
+        ({}, ALL_TOP_DOWN),
+        ({"top_down": False}, {"res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5 p6"}),
+        ({"lateral": False}, {"res2": "", "res3": "", "res4": "", "res5": "p2 p3 p4 p5 p6"}),
+        ({"out_features": ["p2"]}, {"res2": "p2", "res3": "p2", "res4": "p2", "res5": "p2"}),
+        ({"out_features": ["p2"], "top_down": False}, {"res2": "p2", "res3": "", "res4": "", "res5": ""}),
+        ({"out_features": ["p2"], "lateral": False}, {"res2": "", "res3": "", "res4": "", "res5": "p2"}),
+        ({"out_features": ["p6", "p4"]}, {"res2": "", "res3": "", "res4": "p4", "res5": "p4 p6"}),
+        ({"out_features": ["p6"], "top_block": "p6p7_c5"}, {"res2": "", "res3": "", "res4": "", "res5": "p6"}),
+    ],
+)
+def test_impulse_shows_what_is_cut(options, expected):
+    assert reach(build(**options)) == expected
+
+
+LATERALS = [f"fpn_lateral{k}" for k in (2, 3, 4, 5)]
+OUTPUTS = [f"fpn_output{k}" for k in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "options,expected",
+    [
+        ({}, LATERALS + OUTPUTS),
+        ({"top_down": False}, LATERALS + OUTPUTS),
+        ({"lateral": False}, LATERALS[-1:] + OUTPUTS),
+        ({"out_features": ["p2"]}, LATERALS + OUTPUTS[:1]),
+        ({"out_features": ["p2"], "top_down": False}, LATERALS[:1] + OUTPUTS[:1]),
+        ({"out_features": ["p4"]}, LATERALS[2:] + OUTPUTS[2:3]),
+        ({"out_features": ["p6"]}, LATERALS[3:] + OUTPUTS[3:]),  # every second cell of p5
+        ({"out_features": ["p7"], "top_block": "p6p7_p5"}, LATERALS[3:] + OUTPUTS[3:] + ["top_block"]),
+        ({"out_features": ["p7"], "top_block": "p6p7_c5"}, ["top_block"]),
+        ({"out_features": ["p5"], "top_block": "p6p7_c5"}, LATERALS[3:] + OUTPUTS[3:]),
+        ({"upsample": "deconv"}, LATERALS + OUTPUTS + ["fpn_upsample2", "fpn_upsample3", "fpn_upsample4"]),
+        ({"upsample": "deconv", "top_down": False}, LATERALS + OUTPUTS),
+        ({"upsample": "deconv", "out_features": ["p4"]}, LATERALS[2:] + OUTPUTS[2:3] + ["fpn_upsample4"]),
+    ],
+)
+def test_what_is_cut_is_not_built(options, expected):
+    neck = build(**options)
+    assert children(neck) == sorted(expected)
+    outputs = neck(bottom_up_maps((65, 97)))
+    assert list(outputs) == list(neck.output_shape()) == sorted(options.get("out_features", outputs))
+    sum(x.square().sum() for x in outputs.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in neck.parameters())
+
+
+@pytest.mark.parametrize("top_block", ["p6p7_c5", "p6p7_p5", "p6p7_maxpool"])
+def test_p6_alone_has_no_p7(top_block):
+    neck = build(top_block=top_block, out_features=["p5", "p6"])
+    assert [name for name, _ in neck.top_block.named_children()] == ["p6"]
+    whole = build(top_block=top_block)
+    whole.load_state_dict(neck.state_dict(), strict=False)
+    features = bottom_up_maps((65, 97))
+    assert torch.equal(neck(features)["p6"], whole(features)["p6"])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_down": False}, {"lateral": False}])
+def test_ablation_equals_loop(options):
+    neck, features = build(**options), bottom_up_maps((65, 97))
+    fewer = build(**options, out_features=["p3", "p5"])
+    fewer.load_state_dict({k: v for k, v in neck.state_dict().items() if k in fewer.state_dict()})
+    with torch.no_grad():
+        actual, chosen = neck(features), fewer(features)
+        above = None
+        for level in (5, 4, 3, 2):
+            merged = 0
+            if level == 5 or options.get("lateral", True):
+                lateral = getattr(neck, f"fpn_lateral{level}")
+                merged = F.conv2d(features[f"res{level}"], lateral.weight, lateral.bias)
+            if above is not None and options.get("top_down", True):
+                merged = merged + repeated(above, 2, features[f"res{level}"].shape[-2:])
+            output = getattr(neck, f"fpn_output{level}")
+            expected = F.conv2d(merged, output.weight, output.bias, padding=1)
+            torch.testing.assert_close(actual[f"p{level}"], expected, rtol=1e-5, atol=1e-5)
+            above = merged
+    assert list(chosen) == ["p3", "p5"]
+    assert all(torch.equal(chosen[name], actual[name]) for name in chosen)
+
+
+def test_average_is_of_two_maps_only():
+    """Without laterals there is nothing to average with: the up-sampled map is not halved."""
+    features = bottom_up_maps((64, 64))
+    necks = [build(lateral=False, fuse_type=fuse) for fuse in ("sum", "avg")]
+    assert all(torch.equal(a, b) for a, b in zip(*(neck(features).values() for neck in necks), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({"top_down": False, "lateral": False}, ValueError, "TOP_DOWN.*LATERAL.*both False"),
+        ({"out_features": ["p2", "p7"]}, ValueError, "OUT_FEATURES.*asks for p7;.*has p2, p3, p4, p5, p6"),
+        ({"out_features": ["res2"]}, ValueError, "OUT_FEATURES.*asks for res2"),
+        ({"out_features": "p2"}, TypeError, "OUT_FEATURES.*list of names"),
+    ],
+)
+def test_ablation_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 12), (8, 11), (7, 11), (1, 1), (1, 6), (5, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_addition_in_place_is_that_of_the_up_sampled_map(size, layout):
+    finer = torch.randn(2, 3, *size).contiguous(memory_format=layout)
+    coarser = torch.randn(2, 3, *((side + 1) // 2 for side in size)).contiguous(memory_format=layout)
+    expected = finer.clone()
+    for i in range(size[0]):
+        for j in range(size[1]):
+            expected[:, :, i, j] += coarser[:, :, i // 2, j // 2]
+    assert torch.equal(add_nearest(finer, coarser), expected)
+    assert torch.equal(finer, expected)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_inference_and_training_give_the_same_bits(size):
+    neck = build()
+    features = bottom_up_maps(size)
+    trained = neck(features)
+    with torch.no_grad():
+        inferred = neck(features)
+    assert all(torch.equal(inferred[name], trained[name].detach()) for name in trained)

@@ -146,6 +146,14 @@ def test_construction_refuses(arguments):
         CanonicalLevelAssigner(*arguments)
 
 
+def test_finest_names_one_level_whatever_the_size():
+    assigner = LEVEL_ASSIGN_REGISTRY.get("finest")((3, 5), canonical_box_size=56, canonical_level=2)
+    levels = assigner([square(3.0), Boxes(torch.zeros(0, 4)), Boxes(torch.tensor([[0.0, 0, 500, 500], [0, 0, 9, 9]]))])
+    assert levels.dtype == torch.int64 and levels.tolist() == [0, 0, 0]
+    assert assigner([]).shape == (0,) and assigner([]).dtype == torch.int64
+    assert "(3, 5)" in repr(assigner)
+
+
 def test_registry_default():
     assigner = LEVEL_ASSIGN_REGISTRY.get("canonical")(LEVELS, canonical_box_size=56, canonical_level=2)
     assert assigner([square(56.0)]).tolist() == [0]

@@ -43,6 +43,7 @@ def load(name):
         point_rend.add_pointrend_config(cfg)
     cfg.merge_from_file(str(ZOO / name), allow_unsafe=True)  # the zoo writes tuples as !!python/object/apply
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.MODEL.NUMERICS = "exact"
     # Random weights give low scores; keep some detections, so that there is something to compare.
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 100

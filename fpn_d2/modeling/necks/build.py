@@ -1,5 +1,7 @@
 """What a neck is, the registry of necks and the builder that reads the configuration."""
 
+from collections.abc import Callable
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
@@ -25,6 +27,13 @@ class Neck(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the pyramid ``{"p2": (N, C, H/4, W/4), ...}`` of the bottom-up maps ``{"res2": ..., ...}``."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def pyramid(self, bottom_up: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+        """Return the pyramid of ``images`` (N, 3, H, W): the neck on the maps of ``bottom_up``.
+
+        Override it in a neck that has to know the size of the images, or runs the bottom-up pathway more than once.
+        """
+        return self(bottom_up(images))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map that ``forward`` returns, in the same order."""

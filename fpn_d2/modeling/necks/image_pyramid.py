@@ -1,0 +1,98 @@
+"""Featurised image pyramid (Lin et al., CVPR 2017, figure 1 a): the costly reference that a feature pyramid replaces.
+
+For level k the image is resized by 2^(s - k), where the one bottom-up map has stride 2^s, and the bottom-up pathway is
+run on it: a cell of that map then covers 2^k pixels of the original image. With s = 4, p2 comes from the image at four
+times its size and p6 from a quarter of it, all of them through the same weights.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor
+
+from ..sizes import cut_to_stride, pad_to_multiple
+from .build import NECK_REGISTRY, Neck
+from .conv import xavier_conv
+from .simple_pyramid import consecutive_levels, single_level
+
+
+@NECK_REGISTRY.register()
+class ImagePyramid(Neck):
+    """The bottom-up pathway on the image at several sizes, then a 1x1 and a 3x3 convolution that all levels share.
+
+    The image is first padded with zeros, at the bottom and the right, to a multiple of 2^k, and then resized by the
+    exact factor, so that cell i of p{k} always begins at pixel i * 2^k and p{k} has ceil(side / 2^k) cells a side.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        in_features: Sequence[str],
+        out_channels: int = 256,
+        norm: str = "",
+        levels: Sequence[int] = (2, 3, 4, 5, 6),
+    ):
+        """Build the neck.
+
+        Args:
+            input_shape: channels and stride of each bottom-up map.
+            in_features: the name of the one map to use at every size of the image, e.g. res4.
+            out_channels: d, the channels of every output.
+            norm: a norm of :func:`detectron2.layers.get_norm` after each convolution; empty: none.
+            levels: the levels k to make, with stride 2^k; consecutive, ascending.
+
+        Raises:
+            ValueError: not exactly one map is asked for, it is missing, or an option has no such value.
+        """
+        super().__init__()
+        self.level = single_level(type(self).__name__, input_shape, in_features)
+        self.levels = consecutive_levels(levels, "levels (MODEL.FPN.IMAGE_PYRAMID_LEVELS)")
+        self.in_feature = in_features[0]
+        self.pyramid_lateral = xavier_conv(input_shape[self.in_feature].channels, out_channels, 1, norm)
+        self.pyramid_output = xavier_conv(out_channels, out_channels, 3, norm)
+        self._output_shape = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Read ``cfg.MODEL.FPN``."""
+        return {
+            "input_shape": input_shape,
+            "in_features": cfg.MODEL.FPN.IN_FEATURES,
+            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "norm": cfg.MODEL.FPN.NORM,
+            "levels": cfg.MODEL.FPN.IMAGE_PYRAMID_LEVELS,
+        }
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``{"p2": ..., ...}`` of ``{"res2": ..., ...}``: the bottom-up map at each size, named by its level."""
+        return {f"p{k}": self.pyramid_output(self.pyramid_lateral(features[f"res{k}"])) for k in self.levels}
+
+    def pyramid(self, bottom_up: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+        """Run ``bottom_up`` on ``images`` (N, 3, H, W) at each size; p{k} is (N, d, ceil(H / 2^k), ceil(W / 2^k))."""
+        size = tuple(images.shape[-2:])
+        features = {}
+        for k in self.levels:
+            x = bottom_up(resize(pad_to_multiple(images, 2**k), self.level - k))[self.in_feature]
+            features[f"res{k}"] = cut_to_stride(x, size, 2**k)
+        return self(features)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output, from high to low resolution."""
+        return dict(self._output_shape)
+
+    @property
+    def size_divisibility(self) -> int:
+        """The coarsest stride; any size works, this only does the padding once instead of at each level."""
+        return 2 ** self.levels[-1]
+
+
+def resize(images: Tensor, steps: int) -> Tensor:
+    """Resize ``images`` by exactly 2^steps, bilinear, averaging over what one pixel stands for when they shrink."""
+    if steps == 0:
+        return images
+    height, width = (side << steps if steps > 0 else side >> -steps for side in images.shape[-2:])
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=steps < 0)

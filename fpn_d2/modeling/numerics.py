@@ -1,0 +1,41 @@
+"""The one switch between Detectron2's bits and speed: ``MODEL.NUMERICS``."""
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from .ops.folded_conv import fold_frozen_norms
+from .ops.linear import use_onednn
+
+NUMERICS = ("fast", "exact")
+
+
+def is_fast(cfg: CfgNode) -> bool:
+    """Read ``cfg.MODEL.NUMERICS``.
+
+    Raises:
+        ValueError: it is neither "fast" nor "exact".
+    """
+    if cfg.MODEL.NUMERICS not in NUMERICS:
+        raise ValueError(f"MODEL.NUMERICS is {cfg.MODEL.NUMERICS!r}; expected one of {', '.join(NUMERICS)}")
+    return cfg.MODEL.NUMERICS == "fast"
+
+
+def speed_up(module: nn.Module, device: str = "cpu") -> nn.Module:
+    """Replace, in place, operations of ``module`` by faster ones that differ by float rounding, in training too.
+
+    Frozen normalisations are folded into convolutions, fully connected layers run through oneDNN and, on a CPU,
+    weights lie channels-last, which makes the maps so. Parameters keep their names, values and gradients.
+
+    Args:
+        module: a backbone or a head.
+        device: where it will run.
+
+    Returns:
+        ``module``.
+    """
+    fold_frozen_norms(module)
+    use_onednn(module)
+    if torch.device(device).type == "cpu":
+        module.to(memory_format=torch.channels_last)
+    return module

@@ -1,0 +1,45 @@
+"""RetinaNet as torchvision runs it: boxes are cut at the image's border before overlaps are judged."""
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Instances
+from torch import nn
+
+
+@META_ARCH_REGISTRY.register()
+class TorchvisionRetinaNet(RetinaNet):
+    """Detectron2's ``RetinaNet`` with torchvision's two differences, for detectors that were trained there.
+
+    Boxes are clipped to the image before non-maximum suppression, not behind it. And the head's norm may be GN, which
+    v0.6 of Detectron2 cannot build.
+    """
+
+    @configurable
+    def __init__(self, **kwargs):
+        """Take the arguments of Detectron2's ``RetinaNet``."""
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Read what ``RetinaNet`` reads; the head is built anew where its norm is GN."""
+        if cfg.MODEL.RETINANET.NORM != "GN":
+            return super().from_config(cfg)
+        plain = cfg.clone()
+        plain.defrost()
+        plain.MODEL.RETINANET.NORM = ""
+        args = super().from_config(plain)
+        shapes = args["backbone"].output_shape()
+        head_args = RetinaNetHead.from_config(plain, [shapes[name] for name in args["head_in_features"]])
+        args["head"] = RetinaNetHead(**head_args | {"norm": _group_norm})
+        return args
+
+    def _decode_per_level_predictions(self, *args, **kwargs) -> Instances:
+        found = super()._decode_per_level_predictions(*args, **kwargs)
+        found.pred_boxes.clip(found.image_size)
+        return found
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    # Detectron2 v0.6 asks for the norm of a single channel, to see what it is.
+    return nn.GroupNorm(min(32, channels), channels)

@@ -1,0 +1,176 @@
+"""Optimised models against the models that they were made from."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
+from torch import nn
+
+import fpn_d2
+from fpn_d2 import add_fpn_d2_config, optimize_for_inference
+from tests.batches import random_batch, seed_everything
+
+STOCK = {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone", "MODEL.ROI_HEADS.NAME": "StandardROIHeads"}
+OURS = {"MODEL.BACKBONE.NAME": "build_fpn_backbone", "MODEL.ROI_HEADS.NAME": "FPNROIHeads"}
+KINDS = {
+    "stock": STOCK,
+    "ours": OURS,
+    "stock mask": STOCK | {"MODEL.MASK_ON": True},
+    "keypoint": OURS | {"MODEL.KEYPOINT_ON": True},
+    "cascade": OURS | {"MODEL.ROI_HEADS.NAME": "FPNCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
+    "stock cascade": STOCK
+    | {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
+    "panoptic": OURS | {"MODEL.META_ARCHITECTURE": "PanopticFPN", "MODEL.MASK_ON": True},
+    "bifpn, soft": OURS | {"MODEL.FPN.NECK": "BiFPN", "MODEL.FPN.NORM": "BN", "MODEL.ROI_LEVEL_ASSIGN.NAME": "soft"},
+    "retinanet": {
+        "MODEL.META_ARCHITECTURE": "RetinaNet",
+        "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+        "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+        "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+        "MODEL.RETINANET.NUM_CLASSES": 3,
+    },
+}
+
+
+def config(kind):
+    cfg = get_cfg()
+    add_fpn_d2_config(cfg)
+    options = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+        "MODEL.NUMERICS": "exact",
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.PIXEL_STD": [57.0, 57.0, 57.0],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [96], [128]],
+        "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": 60,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 40,
+        "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+        "MODEL.ROI_HEADS.NUM_CLASSES": 3,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
+        "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 50,
+        "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+        "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 64,
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
+        "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": 0.0,
+        "TEST.DETECTIONS_PER_IMAGE": 15,
+    } | KINDS[kind]
+    cfg.merge_from_list([item for pair in options.items() for item in pair])
+    return cfg
+
+
+def trained_looking(kind):
+    """A model with scores far enough apart that rounding cannot reorder them, and with norms that do something."""
+    seed_everything()
+    model = build_model(config(kind)).eval()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 0.7)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.normal_(module.bias, std=0.1)
+    for name, parameter in model.named_parameters():
+        if "_subnet." in name and parameter.dim() == 4:  # RetinaNet's, which start out with next to no output
+            nn.init.kaiming_normal_(parameter)
+        elif name.endswith("cls_score.weight") and parameter.dim() == 4:
+            nn.init.normal_(parameter, std=0.1)
+        elif name.endswith(("cls_score.weight", "objectness_logits.weight")):
+            nn.init.normal_(parameter, std=1.0)
+    return model
+
+
+def run(model, batch):
+    with torch.no_grad():
+        return model(batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_detections_in_float32(kind):
+    model = trained_looking(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = random_batch(config(kind))
+    expected, actual = run(model, batch), run(optimize_for_inference(model), batch)
+    for a, b in zip(actual, expected, strict=True):
+        a, b = a["instances"], b["instances"]
+        assert len(a) == len(b) > 5
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-4, atol=0.01)
+        torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+        assert torch.equal(a.pred_classes, b.pred_classes)
+        if a.has("pred_masks"):
+            assert (a.pred_masks != b.pred_masks).float().mean() < 1e-3
+        if a.has("pred_keypoint_heatmaps"):
+            torch.testing.assert_close(a.pred_keypoint_heatmaps, b.pred_keypoint_heatmaps, rtol=1e-3, atol=1e-4)
+    if kind == "panoptic":
+        for a, b in zip(actual, expected, strict=True):
+            assert (a["panoptic_seg"][0] != b["panoptic_seg"][0]).float().mean() < 1e-2
+    # The model that was given stays what it was.
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_runs_and_hands_out_float32(kind):
+    model = trained_looking(kind)
+    batch = random_batch(config(kind))
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert next(fast.backbone.parameters()).dtype == torch.bfloat16
+    full, half = run(optimize_for_inference(model), batch), run(fast, batch)
+    for a, b in zip(half, full, strict=True):
+        a, b = a["instances"], b["instances"]
+        assert a.pred_boxes.tensor.dtype == a.scores.dtype == torch.float32
+        assert len(a) > 5 and a.scores.isfinite().all()
+        # The best detection is among those of full precision; 8 bits of mantissa leave it a pixel or two.
+        distance = (b.pred_boxes.tensor - a.pred_boxes.tensor[:1]).abs().amax(dim=1).min()
+        assert distance < 8, distance
+
+
+def test_what_was_changed_is_what_should_be():
+    model = trained_looking("stock")
+    fast = optimize_for_inference(model)
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in fast.modules())
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+    kinds = {type(module).__name__ for module in fast.modules()}
+    assert {"FPNRPN", "PyramidROIPooler", "OneDNNLinear"} <= kinds
+    assert not {"RPN", "ROIPooler"} & kinds
+    weight = fast.backbone.fpn_output2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.requires_grad
+    assert not fast.training
+    copy.deepcopy(fast)
+
+
+def test_keypoint_head_is_the_one_that_is_lowered():
+    fast = optimize_for_inference(trained_looking("keypoint"), dtype=torch.bfloat16)
+    assert isinstance(fast.roi_heads.keypoint_head, BaseKeypointRCNNHead)
+    assert {p.dtype for p in fast.roi_heads.keypoint_head.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in fast.roi_heads.box_predictor.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "model,dtype,message",
+    [
+        (nn.Linear(2, 2), None, "Linear.*expected a GeneralizedRCNN or a RetinaNet"),
+        (None, None, "NoneType"),
+    ],
+)
+def test_refuses_other_models(model, dtype, message):
+    with pytest.raises(TypeError, match=message):
+        fpn_d2.optimize_for_inference(model, dtype)
+
+
+def test_refuses_other_types():
+    with pytest.raises(TypeError, match="int8.*expected"):
+        optimize_for_inference(trained_looking("stock"), torch.int8)

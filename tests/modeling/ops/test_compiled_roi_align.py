@@ -1,0 +1,147 @@
+"""Building, caching and failing to build the compiled library. Its results: test_roi_align.py."""
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import stat
+import time
+
+import pytest
+import torch
+
+from fpn_d2.modeling.ops import compiled_roi_align as compiled
+from tests.modeling.ops.reference import SCALES, make_maps, random_rois
+
+
+@pytest.fixture
+def quick_compiler(tmp_path, monkeypatch):
+    """A compiler that copies a library built before, and notes each call: building takes seconds."""
+    if compiled.library() is None:
+        pytest.skip("no C++ compiler on this machine: building is NOT tested")
+    built, _ = compiled.build()
+    script = tmp_path / "cxx"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'if [ "$1" = --version ]; then cat "{tmp_path}/version"; exit 0; fi\n'
+        f'echo call >> "{tmp_path}/calls"; sleep 0.2\n'
+        'while [ "$1" != -o ]; do shift; done\n'
+        f'cp "{built}" "$2"\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "version").write_text("1.0")
+    monkeypatch.setenv("CXX", str(script))
+    return script
+
+
+def calls(tmp_path):
+    notes = tmp_path / "calls"
+    return len(notes.read_text().splitlines()) if notes.exists() else 0
+
+
+def test_built_once_per_source_compiler_and_processor(quick_compiler, tmp_path, monkeypatch):
+    cache = tmp_path / "new" / "cache"
+    first, built = compiled.build(cache)
+    assert built and first.parent == cache and ctypes.CDLL(str(first)).pool_float32
+    assert compiled.build(cache) == (first, False)
+    assert calls(tmp_path) == 1
+    assert [path.name for path in cache.iterdir()] == [first.name]  # nothing left over
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    paths = {first}
+    (tmp_path / "version").write_text("1.1")
+    paths.add(compiled.build(cache)[0])
+    monkeypatch.setattr(compiled, "_processor", lambda: "flags: another")
+    paths.add(compiled.build(cache)[0])
+    source = tmp_path / "changed.cpp"
+    source.write_text(compiled.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(compiled, "SOURCE", source)
+    paths.add(compiled.build(cache)[0])
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-g"))
+    paths.add(compiled.build(cache)[0])
+    assert len(paths) == 5 == calls(tmp_path)
+
+
+def _build(cache, at, queue):
+    time.sleep(max(0.0, at - time.time()))
+    path, _ = compiled.build(cache)
+    queue.put(str(path) if hasattr(ctypes.CDLL(str(path)), "unpool_float32") else "broken")
+
+
+def test_processes_that_build_at_the_same_time(quick_compiler, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue, cache = context.Queue(), tmp_path / "cache"
+    workers = [context.Process(target=_build, args=(cache, time.time() + 0.5, queue)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    paths = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(paths) == 1 and [str(path) for path in cache.iterdir()] == list(paths)
+
+
+def test_cache_that_cannot_be_written(quick_compiler, tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, not a folder")
+    path, built = compiled.build(blocked)
+    try:
+        assert built and ctypes.CDLL(str(path)).pool_float32
+        assert path.parent != tmp_path and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    finally:
+        shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("#!/bin/sh\necho '1.0'\n[ \"$1\" = --version ] || { echo 'error: no space' >&2; exit 1; }", "error: no space"),
+        ("#!/bin/sh\nexit 3", "exit status 3"),
+        ("not a program", "cxx"),
+        ('#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done; [ "$1" = --version ] || echo text > "$1"', "roi_align_cpu"),
+    ],
+)
+def test_broken_compilers_are_told_of_once_and_stop_nothing(script, message, tmp_path, monkeypatch, caplog):
+    compiler = tmp_path / "cxx"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "cache"))
+    compiled.library.cache_clear()
+    try:
+        assert compiled.library() is None and compiled.library() is None
+    finally:
+        compiled.library.cache_clear()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("Pooling runs in pure torch, not compiled: ") and message in line and "\n" not in line
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "a"))
+    assert compiled.default_cache() == tmp_path / "a"
+    monkeypatch.delenv("FPN_D2_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert compiled.default_cache() == tmp_path / "b" / "fpn_d2"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert compiled.default_cache() == tmp_path / "c" / ".cache" / "fpn_d2"
+
+
+def test_without_tuning_for_this_processor(tmp_path, monkeypatch):
+    """The baseline of every x86-64, without fused operations and wide vectors, gives the same within rounding."""
+    if compiled.library() is None:
+        pytest.skip("no C++ compiler on this machine: the compiled pooling is NOT tested")
+    wrapper = tmp_path / "cxx"
+    real = compiled.find_compiler()
+    wrapper.write_text(
+        f'#!/bin/sh\nfor word; do [ "$word" = -march=native ] && {{ echo unknown >&2; exit 1; }}; done\n{real} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    arguments = (make_maps(channels=83, dtype=torch.float32), *random_rois(40), SCALES, (4, 3), 0, True)
+    expected = compiled.compiled_roi_align(*arguments)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "cache"))
+    compiled.library.cache_clear()
+    try:
+        assert compiled.library() is not None and len(os.listdir(tmp_path / "cache")) == 1
+        torch.testing.assert_close(compiled.compiled_roi_align(*arguments), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        compiled.library.cache_clear()
