@@ -1,10 +1,15 @@
 """What every test gets."""
 
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# What is compiled is kept with the other caches of the tests, not in the user's.
+os.environ.setdefault("FPN_D2_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 
 
 @pytest.fixture(autouse=True)

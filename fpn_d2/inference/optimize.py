@@ -10,6 +10,7 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from torch import nn
 
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner
+from fpn_d2.modeling.numerics import lay_channels_last
 from fpn_d2.modeling.ops.folded_conv import fuse_norms
 from fpn_d2.modeling.ops.linear import use_onednn
 from fpn_d2.modeling.poolers import PyramidROIPooler
@@ -53,7 +54,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     use_onednn(model)
     _swap(model, RPN, _fast_rpn)
     _swap(model, ROIPooler, _fast_pooler)
-    model.to(memory_format=torch.channels_last)
+    lay_channels_last(model)
     if dtype in (torch.bfloat16, torch.float16):
         _lower_precision(model, dtype)
     return model

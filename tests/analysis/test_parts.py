@@ -76,12 +76,16 @@ def test_pooling_counts_the_samples_of_its_definition():
 
 def test_pooling_from_all_levels_counts_every_level(tmp_path):
     batch = None
-    pooled = {}
-    for rule in ("canonical", "all_sum"):
+    found = {}
+    for rule in ("canonical", "all_sum", "all_max"):
         model = model_of(tmp_path, "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "2", rule=rule)
         batch = batch or random_batch(model.cfg, 1, SIZE)
-        pooled[rule] = macs_by_part(model.network, batch)["pooling"]
+        found[rule] = macs_by_part(model.network, batch)
+    pooled = {rule: parts["pooling"] for rule, parts in found.items()}
     assert pooled["all_sum"] == 4 * pooled["canonical"] == 4 * (20 * 4 * 4 * 3 * 3 * 16)
+    # Convolutions of an extractor belong to pooling, not to the heads: one of 3 x 3 per RoI and level.
+    assert pooled["all_max"] - pooled["all_sum"] == 4 * 20 * 3 * 3 * 16 * 16 * 9
+    assert found["all_max"]["heads"] == found["canonical"]["heads"] and found["all_max"]["other"] == 0
 
 
 def test_ours_and_stock_cost_the_same(tmp_path):
