@@ -174,7 +174,9 @@ def test_random_weights_leave_the_heads_their_work(folder):
     batch = random_batch(cfg, 1, (64, 96))
     with torch.no_grad():
         images = network.preprocess_image(batch)
+        maps = network.backbone.bottom_up(images.tensor)
         proposals = network.proposal_generator(images, network.backbone(images.tensor))[0][0]
+    assert maps["res5"].std() < 10 * maps["res2"].std()
     assert len(proposals) == 20 and torch.isfinite(proposals.proposal_boxes.tensor).all()
 
 
@@ -265,8 +267,9 @@ def test_a_gpu_that_is_not_there(config):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process' peak cannot be started anew")
 def test_peak_of_memory_is_what_was_taken():
-    kept = [bytearray(2**20) for _ in range(100)]  # 100 MB that the C library keeps once they are free
-    del kept
+    # 100 MB that the C library keeps once they are free, below a last piece that stays in use.
+    kept = [bytearray(2**16) for _ in range(1600)]
+    del kept[:-1]
     assert 60 < compare_memory.raised_peak(lambda: torch.ones(64, 2**18).sum()) < 90  # 64 MB, given back at once
     assert compare_memory.raised_peak(lambda: None) < 2
 

@@ -41,7 +41,7 @@ def same(ours, stock):
     [
         lambda device: cost_curves._pooling(30, device, (64, 96), (2, 3, 4), 2),
         lambda device: cost_curves._neck((64, 96), 2, device),
-        pytest.param(lambda device: cost_curves._detector(device, (64, 96), 1, 3), marks=pytest.mark.slow),
+        lambda device: cost_curves._detector(device, (64, 96), 1, 3),
     ],
     ids=["pooling", "neck", "detector"],
 )
