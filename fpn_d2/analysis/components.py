@@ -152,6 +152,7 @@ def _config(options: Options) -> CfgNode:
     """Detectron2's and our defaults with what configs/Base-FPN.yaml says of the backbone, then ``options``."""
     cfg = get_cfg()
     add_fpn_d2_config(cfg)
+    cfg.MODEL.NUMERICS = "exact"  # Detectron2's operations can be counted and watched
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0

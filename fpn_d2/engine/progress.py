@@ -95,7 +95,9 @@ def set_up_logging(output_dir: str, rank: int) -> None:
 def _fits_the_terminal(record: logging.LogRecord) -> bool:
     if record.levelno > logging.INFO:
         return True
-    return record.name in _SHOWN and not (record.name == _LOSSES and has_terminal())
+    # A handler from before, somebody's own call of setup_logger, has shortened the name in the record itself.
+    name = f"detectron2.{record.name[3:]}" if record.name.startswith("d2.") else record.name
+    return name in _SHOWN and not (name == _LOSSES and has_terminal())
 
 
 class _BesideTheBar:

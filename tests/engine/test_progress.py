@@ -8,6 +8,7 @@ import struct
 import termios
 
 import pytest
+from detectron2.utils.logger import setup_logger
 
 from fpn_d2.engine import Trainer, progress
 from fpn_d2.engine import trainer as trainer_module
@@ -65,8 +66,18 @@ def logging_as_it_was():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_log_file_has_all_and_the_terminal_what_fits(tmp_path, capsys, monkeypatch, logging_as_it_was, terminal):
+@pytest.mark.parametrize("set_up_before", [False, True])
+def test_the_log_file_has_all_and_the_terminal_what_fits(
+    tmp_path, capsys, monkeypatch, logging_as_it_was, terminal, set_up_before
+):
     monkeypatch.setattr(progress, "has_terminal", lambda: terminal)
+    for log in ("fvcore", "detectron2", "fpn_d2"):
+        logging.getLogger(log).handlers.clear()
+    if set_up_before:
+        setup_logger.cache_clear()  # it remembers which handlers it has added
+        setup_logger()
+        capsys.readouterr()
+        logging.getLogger("detectron2").handlers[0].setStream(io.StringIO())
     set_up_logging(str(tmp_path), 0)
     said = {
         ("detectron2", "environment"): False,

@@ -16,7 +16,8 @@ class OneDNNLinear(nn.Linear):
         """(..., C) -> (..., C')."""
         if not _available(x, self.weight):
             return super().forward(x)
-        return _Linear.apply(x, self.weight, self.bias)
+        # Unflattened out here: autograd does not let a view that is made inside be changed in place.
+        return _Linear.apply(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -29,12 +30,12 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, outputs = x.flatten(0, -2), grad.flatten(0, -2).contiguous()
+        grad = grad.contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         return (
-            _product(outputs, weight.t().contiguous()).view(x.shape) if wants_x else None,
-            _product(outputs.t().contiguous(), rows.t().contiguous()) if wants_weight else None,
-            outputs.sum(0) if wants_bias else None,
+            _product(grad, weight.t().contiguous()) if wants_x else None,
+            _product(grad.t().contiguous(), x.t().contiguous()) if wants_weight else None,
+            grad.sum(0) if wants_bias else None,
         )
 
 
