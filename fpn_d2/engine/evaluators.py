@@ -16,6 +16,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from .coco_evaluation import FastCOCOEvaluator, fast_evaluation_is_there
 from .errors import UserError
 
 _TYPES = {
@@ -46,8 +47,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         raise UserError(
             f"data set {dataset_name} asks for the evaluator type {kind!r}; there are {', '.join(sorted(_TYPES))}"
         )
+    coco_evaluator = FastCOCOEvaluator if fast_evaluation_is_there() else COCOEvaluator
     make = {
-        "coco": lambda: COCOEvaluator(
+        "coco": lambda: coco_evaluator(
             dataset_name, output_dir=folder, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         ),
         "sem_seg": lambda: SemSegEvaluator(dataset_name, distributed=True, output_dir=folder),
