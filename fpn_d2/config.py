@@ -71,7 +71,8 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.MODEL.TIMM.PREPROCESSING = "refuse"
     # What batch norms of build_timm_backbone become: "FrozenBN", "SyncBN", or empty: they stay.
     new.MODEL.TIMM.NORM = ""
-    # Rate of stochastic depth in the last block, in [0, 1); the model's blocks before it have less.
+    # Rate of stochastic depth in the last block, in [0, 1); the model's blocks before it have less. 0: timm's own
+    # for the model, which is 0.1 for Swin and 0 for most.
     new.MODEL.TIMM.DROP_PATH = 0.0
     # Recompute maps in the backward pass: less memory, more time. Batch norms that train then see each batch twice.
     new.MODEL.TIMM.GRADIENT_CHECKPOINTING = False

@@ -42,6 +42,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         check_test_augmentation(cfg)
         amp_dtype(cfg)
         _check_batch(cfg)
+        if args.eval_only:  # everything comes from the checkpoint; what training started from may be gone
+            cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
         cfg.freeze()
         set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
         default_setup(cfg, args)

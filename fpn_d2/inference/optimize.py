@@ -1,19 +1,20 @@
 """A trained model made faster for inference, with the same detections."""
 
 import copy
+import functools
 
 import torch
 from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import RPN
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner
 from fpn_d2.modeling.numerics import lay_channels_last
 from fpn_d2.modeling.ops.folded_conv import fuse_norms
 from fpn_d2.modeling.ops.linear import use_onednn
-from fpn_d2.modeling.poolers import PyramidROIPooler
+from fpn_d2.modeling.poolers import CombiningROIPooler, PyramidROIPooler
 from fpn_d2.modeling.rpn import FPNRPN
 
 DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,9 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     use_onednn(model)
     _swap(model, RPN, _fast_rpn)
     _swap(model, ROIPooler, _fast_pooler)
+    for module in model.modules():
+        if isinstance(module, PyramidROIPooler) and hasattr(module.level_poolers[0], "aligned"):
+            module.exact = False
     lay_channels_last(model)
     if dtype in (torch.bfloat16, torch.float16):
         _lower_precision(model, dtype)
@@ -97,7 +101,7 @@ def _lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
     heads = [model.head] if isinstance(model, RetinaNet) else [model.proposal_generator.rpn_head]
     for head in heads:
         _run_in(head, dtype)
-        head.register_forward_hook(lambda module, args, output: _cast(output, torch.float32))
+        head.register_forward_hook(_to_float32)
     roi_heads = getattr(model, "roi_heads", None)
     branches = [getattr(roi_heads, f"{name}_head", None) for name in ("box", "mask", "keypoint")]
     for head in [*branches, getattr(model, "sem_seg_head", None)]:
@@ -106,14 +110,27 @@ def _lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
         for part in head if isinstance(head, nn.ModuleList) else [head]:  # one box head per stage of a cascade
             _run_in(part, dtype)
             last = getattr(part, "predictor", getattr(part, "score_lowres", part))
-            last.register_forward_hook(lambda module, args, output: _cast(output, torch.float32))
-    if roi_heads is not None and not isinstance(roi_heads, StandardROIHeads):
+            last.register_forward_hook(_to_float32)
+    for pooler in model.modules():
+        if isinstance(pooler, CombiningROIPooler):
+            pooler.extractor.to(dtype)
+    if isinstance(roi_heads, Res5ROIHeads):
         _run_in(roi_heads.res5, dtype)
+        roi_heads.res5.register_forward_hook(_to_float32)
 
 
 def _run_in(module: nn.Module, dtype: torch.dtype) -> None:
     module.to(dtype)
-    module.register_forward_pre_hook(lambda module, args: _cast(args, dtype))
+    module.register_forward_pre_hook(functools.partial(_inputs_to, dtype=dtype))
+
+
+# Functions of the module, not of the moment: the model can be copied and saved.
+def _inputs_to(module: nn.Module, args: tuple, dtype: torch.dtype) -> tuple:
+    return _cast(args, dtype)
+
+
+def _to_float32(module: nn.Module, args: tuple, output: object) -> object:
+    return _cast(output, torch.float32)
 
 
 def _cast(value, dtype: torch.dtype):

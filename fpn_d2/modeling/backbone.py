@@ -1,12 +1,16 @@
 """A bottom-up pathway and a neck, together one Detectron2 backbone."""
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 from .necks import Neck, build_neck
 from .numerics import is_fast, speed_up
+
+logger = logging.getLogger(__name__)
 
 
 class PyramidBackbone(Backbone):
@@ -38,6 +42,13 @@ class PyramidBackbone(Backbone):
             self.add_module(name, child)
         self.bottom_up = bottom_up
         self._neck = (neck,)  # in a tuple, so that it is not registered a second time
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Hand a child that replaces one of the neck's to the neck too, which is what runs it."""
+        super().__setattr__(name, value)
+        neck = self.__dict__.get("_neck", (None,))[0]
+        if neck is not None and name in neck._modules and (value is None or isinstance(value, nn.Module)):
+            setattr(neck, name, value)
 
     @property
     def neck(self) -> Neck:
@@ -87,5 +98,18 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
         known = ", ".join(sorted(key for key, _ in BACKBONE_REGISTRY if key != "build_fpn_backbone"))
         raise ValueError(f"MODEL.FPN.BOTTOM_UP is {name!r}; expected a registered bottom-up pathway: {known}")
     bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+    _warn_of_unused(cfg, bottom_up)
     backbone = PyramidBackbone(bottom_up, build_neck(cfg, bottom_up.output_shape()))
     return speed_up(backbone, cfg.MODEL.DEVICE) if is_fast(cfg) else backbone
+
+
+def _warn_of_unused(cfg: CfgNode, bottom_up: Backbone) -> None:
+    shapes = bottom_up.output_shape()
+    read = [shapes[name].stride for name in cfg.MODEL.FPN.IN_FEATURES if name in shapes]
+    unused = [name for name, shape in shapes.items() if read and shape.stride > max(read)]
+    if unused:
+        logger.warning(
+            f"The bottom-up pathway computes {', '.join(unused)}, which MODEL.FPN.IN_FEATURES does not name: time is "
+            "lost, and training on several GPUs stops at parameters without gradients. Leave them out of the pathway's "
+            "OUT_FEATURES (MODEL.RESNETS.OUT_FEATURES for a ResNet)"
+        )

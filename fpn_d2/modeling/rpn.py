@@ -109,6 +109,8 @@ class FPNRPN(RPN):
             pred_anchor_deltas: of each level, (N, R_l, 4).
             image_sizes: (height, width) of each of the N images.
         """
+        if torch.jit.is_tracing():  # picking looks at sizes, which a trace has to leave open
+            return super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
         with torch.no_grad():
             return select_proposals(
                 anchors,

@@ -26,6 +26,20 @@ KINDS = {
     | {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
     "panoptic": OURS | {"MODEL.META_ARCHITECTURE": "PanopticFPN", "MODEL.MASK_ON": True},
     "bifpn, soft": OURS | {"MODEL.FPN.NECK": "BiFPN", "MODEL.FPN.NORM": "BN", "MODEL.ROI_LEVEL_ASSIGN.NAME": "soft"},
+    "all_max": OURS | {"MODEL.ROI_LEVEL_ASSIGN.NAME": "all_max", "MODEL.MASK_ON": True},
+    "groie": OURS | {"MODEL.ROI_LEVEL_ASSIGN.NAME": "groie"},
+    "image pyramid": OURS
+    | {"MODEL.FPN.NECK": "ImagePyramid", "MODEL.FPN.IN_FEATURES": ["res4"]}
+    | {"MODEL.RESNETS.OUT_FEATURES": ["res4"]},
+    "c4": {
+        "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+        "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+        "MODEL.RPN.IN_FEATURES": ["res4"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[16, 32, 64]],
+        "MODEL.MASK_ON": True,
+    },
     "retinanet": {
         "MODEL.META_ARCHITECTURE": "RetinaNet",
         "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
@@ -136,6 +150,21 @@ def test_bfloat16_runs_and_hands_out_float32(kind):
         # The best detection is among those of full precision; 8 bits of mantissa leave it a pixel or two.
         distance = (b.pred_boxes.tensor - a.pred_boxes.tensor[:1]).abs().amax(dim=1).min()
         assert distance < 8, distance
+
+
+def test_a_copy_of_lower_precision_can_be_copied_and_saved(tmp_path):
+    fast = optimize_for_inference(trained_looking("stock"), dtype=torch.bfloat16)
+    torch.save(fast, tmp_path / "fast.pth")
+    batch = random_batch(config("stock"))
+    expected = run(copy.deepcopy(fast), batch)[0]["instances"]
+    loaded = run(torch.load(tmp_path / "fast.pth", weights_only=False), batch)[0]["instances"]
+    assert len(expected) and torch.equal(loaded.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_pooling_of_an_exact_model_becomes_the_fast_one():
+    model = trained_looking("ours")
+    assert model.roi_heads.box_pooler.exact
+    assert not optimize_for_inference(model).roi_heads.box_pooler.exact and model.roi_heads.box_pooler.exact
 
 
 def test_what_was_changed_is_what_should_be():

@@ -15,6 +15,7 @@ from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.modeling import NECK_REGISTRY, Neck, PyramidBackbone
+from fpn_d2.modeling.ops.folded_conv import FoldedConv2d
 
 
 def config(depth=18, **options):
@@ -183,3 +184,42 @@ def test_a_neck_may_run_the_bottom_up_pathway_itself():
         mirrored = backbone.neck(bottom_up(images.flip(3)))["p5"]
         torch.testing.assert_close(both, once + mirrored.flip(3))
         assert not torch.allclose(both, once)
+
+
+def test_a_child_that_is_replaced_is_replaced_in_the_neck():
+    backbone = build_backbone(config())
+    x = torch.randn(1, 3, 64, 64)
+    before = backbone(x)
+    backbone.fpn_output2 = nn.Conv2d(32, 32, 3, padding=1)
+    assert backbone.neck.fpn_output2 is backbone.fpn_output2
+    after = backbone(x)
+    assert not torch.equal(after["p2"], before["p2"]) and torch.equal(after["p3"], before["p3"])
+
+
+def test_frozen_norms_of_the_neck_are_folded_too():
+    backbone = build_backbone(config(MODEL__FPN__NORM="FrozenBN"))
+    assert type(backbone.neck.fpn_output2) is type(backbone.fpn_output2) is FoldedConv2d
+
+
+@pytest.mark.parametrize("last,warned", [("res5", False), ("res4", True)])
+def test_maps_that_nobody_reads_are_told(caplog, last, warned):
+    names = [name for name in ("res2", "res3", "res4", "res5") if name <= last]
+    build_backbone(config(MODEL__FPN__IN_FEATURES=names))
+    assert ("computes res5, which MODEL.FPN.IN_FEATURES does not name" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("neck", ["SimpleFeaturePyramid", "ImagePyramid", "BiFPN", "NASFPN"])
+@pytest.mark.parametrize("key,value", [("OUT_FEATURES", ["p2"]), ("TOP_DOWN", False), ("LATERAL", False)])
+def test_options_of_the_fpn_are_refused_by_other_necks(neck, key, value):
+    with pytest.raises(ValueError, match=f"MODEL.FPN.{key} is .*which the neck {neck} does not have"):
+        build_backbone(config(**{"MODEL__FPN__NECK": neck, f"MODEL__FPN__{key}": value}))
+
+
+def test_image_pyramid_has_no_top_block():
+    with pytest.raises(ValueError, match="TOP_BLOCK is 'maxpool'.*IMAGE_PYRAMID_LEVELS"):
+        build_backbone(config(MODEL__FPN__NECK="ImagePyramid", MODEL__FPN__TOP_BLOCK="maxpool"))
+
+
+def test_group_norm_of_other_channels_names_the_keys():
+    with pytest.raises(ValueError, match="MODEL.FPN.NORM.*'GN' does not go with 48 channels .MODEL.FPN.OUT_CHANNELS"):
+        build_backbone(config(MODEL__FPN__NORM="GN", MODEL__FPN__OUT_CHANNELS=48))

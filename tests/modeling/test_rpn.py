@@ -7,7 +7,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_proposal_generator
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from fpn_d2 import add_fpn_d2_config
@@ -184,3 +184,22 @@ def test_plain_arguments():
     shapes = {f"p{k}": ShapeSpec(channels=6, stride=2**k) for k in LEVELS}
     arguments = FPNRPN.from_config(cfg, shapes) | {"level_loss_weights": (3, 1, 1, 1, 1)}
     assert FPNRPN(**arguments).level_loss_weights == [3, 1, 1, 1, 1]
+
+
+def test_a_trace_works_on_fewer_anchors_than_it_was_made_with():
+    cfg = config()
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
+    module = rpn(cfg).eval()
+
+    def select(boxes, deltas, logits):
+        with torch.no_grad():
+            return module.predict_proposals([Boxes(boxes)], [logits], [deltas], [(500, 500)])[0].proposal_boxes.tensor
+
+    def arguments(anchors):
+        corners = torch.rand(anchors, 2) * 400
+        return torch.cat([corners, corners + 40], dim=1), torch.randn(1, anchors, 4) * 0.1, torch.randn(1, anchors)
+
+    traced = torch.jit.trace(select, arguments(80), check_trace=False)
+    assert 0 < len(traced(*arguments(80))) <= 50
+    fewer = arguments(30)
+    torch.testing.assert_close(traced(*fewer), select(*fewer))

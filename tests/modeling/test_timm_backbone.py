@@ -200,6 +200,18 @@ def test_weights_file_that_does_not_match_is_refused(tmp_path, change, message):
         build("mobilenetv4_conv_small", weights=path)
 
 
+def test_a_file_that_holds_no_weights_is_told(tmp_path):
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="MODEL.TIMM.WEIGHTS .*junk.pth cannot be read as weights"):
+        build(weights=str(tmp_path / "junk.pth"))
+
+
+def test_checkpointing_that_loses_gradients_is_refused(monkeypatch):
+    monkeypatch.setattr(timm.layers, "use_reentrant_ckpt", lambda: True)
+    with pytest.raises(ValueError, match="GRADIENT_CHECKPOINTING needs a timm that .*install a newer one"):
+        build(gradient_checkpointing=True)
+
+
 def test_preprocessing_of_weights_is_insisted_on(tmp_path):
     path, _ = save(tmp_path, "pth")
     keys = ["MODEL.TIMM.NAME", "mobilenetv4_conv_small", "MODEL.TIMM.WEIGHTS", path]

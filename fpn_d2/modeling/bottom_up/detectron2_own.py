@@ -18,11 +18,16 @@ class NamedByLevel:
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the maps of the images ``x`` (N, 3, H, W)."""
-        return dict(zip(self.output_shape(), super().forward(x).values(), strict=True))
+        shapes = super().output_shape()
+        return {_name(shapes[name]): value for name, value in super().forward(x).items()}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""
-        return {f"res{shape.stride.bit_length() - 1}": shape for shape in super().output_shape().values()}
+        return {_name(shape): shape for shape in super().output_shape().values()}
+
+
+def _name(shape: ShapeSpec) -> str:
+    return f"res{shape.stride.bit_length() - 1}"
 
 
 class RegNetBackbone(NamedByLevel, RegNet):
@@ -71,8 +76,9 @@ def _build_from_main(class_name: str, cfg: CfgNode, **options) -> Backbone:
             "lacks; build_timm_backbone and build_vit_backbone have such models of timm's"
         )
     asked = pairs_to_options(cfg.MODEL.BOTTOM_UP.OPTIONS, "MODEL.BOTTOM_UP.OPTIONS")
-    # They pad inside. Swin's own size_divisibility reads an attribute that nothing sets.
-    parts = {"__doc__": f"Detectron2's {class_name}.", "size_divisibility": 0}
+    # Swin's own size_divisibility reads an attribute that nothing sets; it and MViT take any size. ViT cuts a rest off.
+    divisibility = (options | asked).get("patch_size", 16) if class_name == "ViT" else 0
+    parts = {"__doc__": f"Detectron2's {class_name}.", "size_divisibility": divisibility}
     named = type(f"{class_name}Backbone", (NamedByLevel, original), parts)
     try:
         return named(**(options | asked))

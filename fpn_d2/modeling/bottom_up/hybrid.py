@@ -50,8 +50,8 @@ class TransformerStage(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
         self.blocks = nn.Sequential(
             *(
-                Block(channels, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path * i / max(depth - 1, 1))
-                for i in range(depth)
+                Block(channels, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate)
+                for rate in torch.linspace(0 if depth > 1 else drop_path, drop_path, depth).tolist()
             )
         )
         self.norm = nn.LayerNorm(channels)
@@ -60,11 +60,11 @@ class TransformerStage(nn.Module):
         """(N, C, h, w) -> (N, channels, ceil(h / 2), ceil(w / 2))."""
         x = self.conv(x)
         n, channels, height, width = x.shape
-        tokens = x.flatten(2).transpose(1, 2) + sine_position_embedding(height, width, channels).to(x)
+        tokens = x.flatten(2).transpose(1, 2) + sine_position_embedding(height, width, channels, x.device).to(x)
         return self.norm(self.blocks(tokens)).transpose(1, 2).reshape(n, channels, height, width)
 
 
-def sine_position_embedding(height: int, width: int, channels: int) -> Tensor:
+def sine_position_embedding(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
     """Position embedding of a grid of any size (Vaswani et al., NeurIPS 2017, section 3.5, for rows and columns each).
 
     Cell (i, j) has the same embedding on every grid: an image's cells do not change with the padding of its batch.
@@ -73,8 +73,8 @@ def sine_position_embedding(height: int, width: int, channels: int) -> Tensor:
         (1, height * width, channels), cells in row-major order; a quarter of the channels each for sine and cosine of
         the row, sine and cosine of the column.
     """
-    frequencies = 10000.0 ** -(torch.arange(channels // 4) / (channels // 4))
-    rows, columns = (torch.arange(side)[:, None] * frequencies for side in (height, width))
+    frequencies = 10000.0 ** -(torch.arange(channels // 4, device=device) / (channels // 4))
+    rows, columns = (torch.arange(side, device=device)[:, None] * frequencies for side in (height, width))
     rows, columns = torch.cat([rows.sin(), rows.cos()], 1), torch.cat([columns.sin(), columns.cos()], 1)
     grid = [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)]
     return torch.cat(grid, dim=2).reshape(1, height * width, channels)

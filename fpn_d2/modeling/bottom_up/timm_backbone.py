@@ -4,6 +4,7 @@ Shape legend, for an image of H x W pixels in a batch of N:
     res{k}   map of level k, stride 2^k: (N, C_k, ceil(H / 2^k), ceil(W / 2^k)), the deepest with that stride
 """
 
+import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -256,6 +257,13 @@ def turn_on_checkpointing(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: it cannot.
     """
+    reentrant = getattr(importlib.import_module("timm.layers"), "use_reentrant_ckpt", None)
+    if reentrant is None or reentrant():
+        # Of that kind, nothing behind a frozen part gets a gradient.
+        raise ValueError(
+            "MODEL.TIMM.GRADIENT_CHECKPOINTING needs a timm that checkpoints without re-entering autograd: install a "
+            "newer one, or set the key to False"
+        )
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:

@@ -87,7 +87,10 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
     require_timm()
     from timm.models import load_state_dict
 
-    state = load_state_dict(weights)
+    try:
+        state = load_state_dict(weights)
+    except Exception as error:  # whatever torch, safetensors or pickle say of bytes that are something else
+        raise ValueError(f"MODEL.TIMM.WEIGHTS {weights} cannot be read as weights: {error!r}") from error
     classifier = pretrained_cfg(name).classifier or ()
     heads = [classifier] if isinstance(classifier, str) else list(classifier)
     sizes = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]

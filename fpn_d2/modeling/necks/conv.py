@@ -30,6 +30,10 @@ def conv(
             f"norm (MODEL.FPN.NORM) is {norm!r}, which this Detectron2 does not know; expected GN, BN, SyncBN, "
             "FrozenBN or an empty string"
         ) from None
+    except ValueError as error:  # group norm wants a multiple of its 32 groups
+        raise ValueError(
+            f"norm (MODEL.FPN.NORM) {norm!r} does not go with {out_channels} channels (MODEL.FPN.OUT_CHANNELS): {error}"
+        ) from None
     return Conv2d(
         in_channels,
         out_channels,

@@ -172,6 +172,8 @@ class FPN(Neck):
         """Whether :func:`add_nearest` does what these options ask for: at inference, where nobody needs the lateral."""
         fits = all(2 * a - b in (0, 1) for a, b in zip(coarser.shape[2:], finer.shape[2:], strict=True))
         plain = self.upsample == "nearest" and self.fuse_type == "sum"
+        # A hook may keep the lateral's output.
+        plain = plain and not any(getattr(self, f"fpn_lateral{k}")._forward_hooks for k in self._lateral_levels)
         return plain and fits and not finer.requires_grad and not torch.jit.is_tracing()
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -7,6 +7,7 @@ times its size and p6 from a quarter of it, all of them through the same weights
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..sizes import cut_to_stride, pad_to_multiple
 from .build import NECK_REGISTRY, Neck
 from .conv import xavier_conv
+from .input_levels import refuse_fpn_options
 from .simple_pyramid import consecutive_levels, single_level
 
 
@@ -59,6 +61,12 @@ class ImagePyramid(Neck):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         """Read ``cfg.MODEL.FPN``."""
+        refuse_fpn_options(cfg, cls.__name__)
+        if cfg.MODEL.FPN.TOP_BLOCK not in ("auto", "none"):
+            raise ValueError(
+                f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK!r}, but an ImagePyramid makes every level from an "
+                "image: name the levels in MODEL.FPN.IMAGE_PYRAMID_LEVELS and set it to none"
+            )
         return {
             "input_shape": input_shape,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
@@ -95,4 +103,7 @@ def resize(images: Tensor, steps: int) -> Tensor:
     if steps == 0:
         return images
     height, width = (side << steps if steps > 0 else side >> -steps for side in images.shape[-2:])
-    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=steps < 0)
+    # In float32: not every device averages half precision.
+    wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+    resized = F.interpolate(wide, size=(height, width), mode="bilinear", align_corners=False, antialias=steps < 0)
+    return resized.to(images.dtype)

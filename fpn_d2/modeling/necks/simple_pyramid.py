@@ -15,6 +15,7 @@ from ..sizes import cut_to_stride
 from .build import NECK_REGISTRY, Neck
 from .conv import conv
 from .fpn import pyramid_levels
+from .input_levels import refuse_fpn_options
 from .top_blocks import build_top_block, reads_bottom_up, top_block_of
 
 
@@ -120,6 +121,7 @@ class SimpleFeaturePyramid(Neck):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         """Read ``cfg.MODEL.FPN``; top block "auto" is p6p7_p5 for RetinaNet."""
+        refuse_fpn_options(cfg, cls.__name__)
         top_block = top_block_of(cfg)
         if cfg.MODEL.FPN.TOP_BLOCK == "auto" and top_block == "p6p7_c5":
             top_block = "p6p7_p5"

@@ -52,10 +52,22 @@ def _available(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not torch.is_autocast_enabled("cpu")
+        and not _autocasts()
         and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
+        and not _compiles()
     )
+
+
+def _autocasts() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled()
+
+
+def _compiles() -> bool:
+    is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # before torch 2.1: never
+    return is_compiling is not None and is_compiling()
 
 
 def use_onednn(module: nn.Module) -> nn.Module:

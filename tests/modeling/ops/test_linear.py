@@ -48,6 +48,14 @@ def test_goes_through_onednn_in_float32_only(monkeypatch):
     assert len(calls) == 1
 
 
+def test_torch_before_2_4_asks_about_autocast_in_another_way(monkeypatch):
+    layer = use_onednn(nn.Sequential(nn.Linear(8, 4)))
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: False)
+    assert torch.equal(layer(x), expected)
+
+
 def test_frozen_parameters_get_no_gradient():
     layer = use_onednn(nn.Sequential(nn.Linear(8, 4)))[0].requires_grad_(False)
     x = torch.randn(3, 8, requires_grad=True)
