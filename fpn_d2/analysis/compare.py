@@ -13,6 +13,7 @@ from pathlib import Path
 import detectron2
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from fpn_d2.engine import UserError
@@ -38,6 +39,8 @@ from .zoo import mmdet_baselines, mmdet_rows, zoo_baselines, zoo_row
 SCHEMA = 1  # of compare.json; another number, other keys
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZE = ("none", "a", "b", "both")
+# What images go through before a model sees them in inference.
+_INPUT_KEYS = ("INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class _Comparison:
             self.not_measured.append("Training steps: not asked for (--train).")
         if not self.plan.torchvision:
             self.not_measured.append("torchvision's detector: not asked for (--torchvision).")
+        elif self.plan.train or self.plan.memory:
+            self.not_measured.append("Training steps and peak of memory of torchvision's detector: inference alone is.")
         return result | {"not_measured": self.not_measured}
 
     def _settings(self) -> dict:
@@ -196,10 +201,10 @@ class _Comparison:
     def _describe_torchvision(self, name: str) -> dict:
         network, size = self.others[name], self.plan.sizes[0]
         keep_size(network, size)
-        macs = macs_by_part(network, torchvision_images(self.pair[0].cfg, 1, size, self.device))
+        macs = macs_by_part(network, torchvision_images(random_batch(self.pair[0].cfg, 1, size), self.device))
         return {
             "label": name,
-            "config": "fasterrcnn_resnet50_fpn, random weights, 91 labels",
+            "config": "Faster R-CNN, ResNet-50, FPN, random weights, 91 labels",
             "architecture": "FasterRCNN",
             "opts": [],
             "optimized": False,
@@ -223,15 +228,25 @@ class _Comparison:
         number, size = self.plan.batches[0], self.plan.sizes[0]
         if why_not:
             self.not_measured.append(f"Parity on real images: {why_not}.")
-            images, batch = f"{number} of noise, {size[0]} x {size[1]}", random_batch(a.cfg, number, size)
+            images, batches = f"{number} of noise, {size[0]} x {size[1]}", [random_batch(a.cfg, number, size)] * 2
         else:
-            images, batch = f"the first {number} of {a.cfg.DATASETS.TEST[0]}", real_images(a.cfg, number)
+            images = f"the first {number} of {a.cfg.DATASETS.TEST[0]}"
+            theirs = b.cfg.clone()  # the same images, read as B reads them
+            theirs.defrost()
+            theirs.DATASETS = a.cfg.DATASETS
+            batches = [real_images(a.cfg, number), real_images(theirs, number)]
         stages = []
-        for model in self.pair:
+        for model, batch in zip(self.pair, batches, strict=True):
             with parity.every_score_counts(model.runner):
                 stages.append(parity.capture(model.runner, batch))
             self.bar.update()
-        return {"images": images, "tolerance": vars(parity.Tolerance()), **parity.summarise(parity.compare(*stages))}
+        settings = {key: [_value(model.cfg, key) for model in self.pair] for key in _INPUT_KEYS}
+        return {
+            "images": images,
+            "input_settings": {key: [a, b] for key, (a, b) in settings.items() if a != b},
+            "tolerance": vars(parity.Tolerance()),
+            **parity.summarise(parity.compare(*stages)),
+        }
 
     def _each_size(self, measure: Callable[[Size, int], dict]):
         for size in self.plan.sizes:
@@ -281,20 +296,32 @@ class _Comparison:
                 why_not = missing_data(model.cfg)
                 if not why_not and not self.plan.weights:
                     why_not = "there are no weights to evaluate (--weights)"
+                # Counters of batches have no part in what a model computes.
+                empty = [name for name in model.not_loaded if not name.endswith("num_batches_tracked")]
+                if not why_not and empty:
+                    why_not = f"{self.plan.weights} has no weights for {len(empty)} of its tensors, {empty[0]} first"
+            if not why_not:
+                try:
+                    found[model.label] = measure_ap(model, self.output)
+                except Exception as error:  # what was measured so far is not to be lost
+                    why_not = f"it ended with {type(error).__name__}: {' '.join(str(error).split())}"
             if why_not:
-                self.not_measured.append(f"AP of {model.label}: {why_not}.")
-            else:
-                found[model.label] = measure_ap(model, self.output)
+                self.not_measured.append(f"AP of {model.label}: {why_not.rstrip('.')}.")
             self.bar.update(self.plan.data)
         return found
 
     def _published(self) -> dict:
         zoo, mmdet = zoo_baselines(), mmdet_baselines()
-        rows = {model.label: zoo_row(model.path) for model in self.pair}
-        for label, row in rows.items():
-            if row is None:
-                self.not_measured.append(f"Published figures of {label}: the model zoo's tables have no such config.")
-        names = {model.path for model in self.pair}
+        rows, names = {}, set()
+        for model in self.pair:
+            changed = _changed_model(self.opts[model.label])
+            rows[model.label] = None if changed else zoo_row(model.path)
+            names |= set() if changed else {model.path}
+            if rows[model.label] is None:
+                why_not = (
+                    f"{changed[0]} makes it another model" if changed else "the model zoo's tables have no such config"
+                )
+                self.not_measured.append(f"Published figures of {model.label}: {why_not}.")
         return {
             "zoo": {"source": zoo["source"], "measured_on": zoo["measured_on"], "rows": rows},
             "mmdetection": {
@@ -303,6 +330,18 @@ class _Comparison:
                 "rows": {row["config"]: row for name in sorted(names) for row in mmdet_rows(name)},
             },
         }
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _changed_model(opts: Sequence[str]) -> list[str]:
+    """The keys among KEY value pairs that make another model of a published one."""
+    elsewhere = ("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.NUMERICS")
+    return [key for key in opts[::2] if key.startswith("MODEL.") and key not in elsewhere]
 
 
 def environment(device: torch.device) -> dict:

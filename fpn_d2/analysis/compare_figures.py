@@ -1,6 +1,7 @@
 """The plots of a comparison, as SVG that can be read on light and dark pages."""
 
 import io
+import math
 from collections.abc import Callable
 
 from .parts import PARTS
@@ -34,33 +35,36 @@ def _svg(draw: Callable, data) -> str:
     with matplotlib.rc_context(style | fixed | {"axes.spines.right": False}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure.subplots(), data)
+        draw(figure, data)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
-def _times(axes, rows: list[dict]) -> None:
-    labels = list(rows[0]["seconds"])
-    width = 0.8 / len(labels)
-    for number, label in enumerate(labels):
-        seconds = [row["seconds"][label] for row in rows]
-        medians = [s["median"] for s in seconds]
-        below = [s["median"] - s["quartiles"][0] for s in seconds]
-        above = [s["quartiles"][1] - s["median"] for s in seconds]
-        places = [index + (number - (len(labels) - 1) / 2) * width for index in range(len(rows))]
-        axes.bar(places, medians, width * 0.9, color=_COLOURS[number], label=label)
-        axes.errorbar(places, medians, yerr=[below, above], fmt="none", ecolor=_GREY, capsize=3)
-        for place, median in zip(places, medians, strict=True):
-            where = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{median:.3g}", (place, 0), color="white", fontsize=9, **where)
-    names = [f"{row['size'][0]}x{row['size'][1]}\nbatch {row['batch']}" for row in rows]
-    axes.set_xticks(range(len(rows)), names)
-    axes.set(ylabel="seconds", ylim=(0, None))
-    axes.legend(frameon=False, ncols=len(labels), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+def _times(figure, rows: list[dict]) -> None:
+    """A panel for each size and batch: their times differ by orders of magnitude."""
+    columns = min(len(rows), 2)
+    lines = math.ceil(len(rows) / columns)
+    figure.set_size_inches(6.4, 0.3 + lines * (0.9 + 0.3 * len(rows[0]["seconds"])))
+    for number, row in enumerate(rows, start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        labels = list(row["seconds"])
+        medians = [seconds["median"] for seconds in row["seconds"].values()]
+        quartiles = [seconds["quartiles"] for seconds in row["seconds"].values()]
+        below = [median - low for median, (low, _) in zip(medians, quartiles, strict=True)]
+        above = [high - median for median, (_, high) in zip(medians, quartiles, strict=True)]
+        axes.barh(labels, medians, 0.7, color=_COLOURS[: len(labels)], xerr=[below, above], ecolor=_GREY, capsize=3)
+        for place, (median, (_, high)) in enumerate(zip(medians, quartiles, strict=True)):
+            where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{median:.3g}", (high, place), fontsize=9, **where)
+        axes.set(xlim=(0, 1.35 * max(high for _, high in quartiles)), xlabel="seconds")
+        axes.set_title(f"{row['size'][0]}x{row['size'][1]}, batch {row['batch']}", fontsize=10)
+        axes.locator_params(axis="x", nbins=4)
+        axes.invert_yaxis()
 
 
-def _parts(axes, models: list[dict]) -> None:
+def _parts(figure, models: list[dict]) -> None:
+    axes = figure.subplots()
     from matplotlib import colormaps
 
     left = [0.0] * len(models)
@@ -76,7 +80,8 @@ def _parts(axes, models: list[dict]) -> None:
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.25), fontsize=9)
 
 
-def _parity(axes, parity: dict) -> None:
+def _parity(figure, parity: dict) -> None:
+    axes = figure.subplots()
     stages = parity["stages"]
     values = [max(found["max_rel"] or 0.0, _LEAST) for found in stages.values()]
     colours = [_COLOURS[2] if found["within"] else "#d62728" for found in stages.values()]
@@ -90,7 +95,8 @@ def _parity(axes, parity: dict) -> None:
     axes.invert_yaxis()
 
 
-def _zoo(axes, rows: dict[str, dict | None]) -> None:
+def _zoo(figure, rows: dict[str, dict | None]) -> None:
+    axes = figure.subplots()
     kinds: dict[str, list[dict]] = {}
     for row in zoo_baselines()["rows"]:
         # Keypoints are trained and evaluated on persons alone: another box AP.

@@ -5,10 +5,12 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-import torchvision
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from fpn_d2.engine.optimizer import build_optimizer
 from fpn_d2.engine.precision import build_inner_trainer
@@ -18,6 +20,7 @@ from .compare_setup import Model, random_batch
 from .timing import Call, Stopwatch, cuda_stopwatch, paired, stopwatch, summarise
 
 TORCHVISION = "torchvision"
+_LABELS = 91  # of COCO, with those that are not used
 Size = tuple[int, int]
 
 
@@ -26,7 +29,7 @@ def watch_for(device: torch.device) -> Stopwatch:
     return cuda_stopwatch(device) if device.type == "cuda" else stopwatch()
 
 
-def inference_call(network: nn.Module, batch: list) -> Call:
+def inference_call(network: Callable[[list], object], batch: list) -> Call:
     """One inference on ``batch``, from images to detections."""
 
     def call() -> object:
@@ -81,7 +84,10 @@ def time_inference(
     calls = {model.label: inference_call(model.runner, random_batch(model.cfg, number, size)) for model in models}
     device = torch.device(models[0].cfg.MODEL.DEVICE)
     for name, network in others.items():
-        calls[name] = inference_call(network, torchvision_images(models[0].cfg, number, size, device))
+        calls[name] = inference_call(
+            lambda batch, network=network: network(torchvision_images(batch, device)),
+            random_batch(models[0].cfg, number, size),
+        )
     detections = {name: _detections(call()) / number for name, call in calls.items()}
     summary = summarise(paired(calls, rounds, warmup, measure=watch_for(device), after_call=after_call))
     speeds = {name: number / seconds["median"] for name, seconds in summary["seconds"].items()}
@@ -144,9 +150,11 @@ def peak_memory(model: Model, mode: str, size: Size, number: int, opts: list[str
 
 
 def torchvision_detector(device: torch.device) -> nn.Module:
-    """torchvision's ``fasterrcnn_resnet50_fpn`` with random weights, in evaluation mode, for COCO's 91 labels."""
+    """torchvision's Faster R-CNN with ResNet-50 and FPN, random weights, in evaluation mode, for COCO's 91 labels."""
     torch.manual_seed(0)
-    network = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    # Without weights, fasterrcnn_resnet50_fpn has batch norms that are not frozen; the published one's are.
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d)
+    network = FasterRCNN(backbone, _LABELS)
     with torch.no_grad():
         for name, norm in network.backbone.body.named_modules():
             if name.endswith("bn3"):  # as in compare_setup, for the same reason
@@ -154,9 +162,9 @@ def torchvision_detector(device: torch.device) -> nn.Module:
     return network.eval().to(device)
 
 
-def torchvision_images(cfg: CfgNode, number: int, size: Size, device: torch.device) -> list[torch.Tensor]:
-    """The images of :func:`random_batch` as torchvision takes them."""
-    return [(item["image"].float() / 255).to(device) for item in random_batch(cfg, number, size)]
+def torchvision_images(batch: list[dict], device: torch.device) -> list[torch.Tensor]:
+    """The images of a batch as torchvision takes them; Detectron2's models do as much themselves."""
+    return [item["image"].to(device).float() / 255 for item in batch]
 
 
 def keep_size(network: nn.Module, size: Size) -> None:

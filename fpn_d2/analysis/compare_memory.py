@@ -20,18 +20,23 @@ import torch
 
 from fpn_d2.engine.checkpoint import write_atomically
 
+from .child import child_environment
+
 MODES = ("inference", "training")
 # The first call makes room that later ones use again.
 _CALLS = 2
 
 
 def peak_on_gpu(call: Callable[[], object], device: torch.device) -> float:
-    """MB by which ``call`` raises the peak of what PyTorch's tensors take on ``device``."""
-    call()
+    """MB by which ``call`` raises the peak of what PyTorch's tensors take on ``device``, what it leaves there included.
+
+    A training step leaves gradients and the optimizer's state, which the next one finds there: hence the first counts.
+    """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    call()
+    for _ in range(_CALLS):
+        call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
@@ -45,7 +50,7 @@ def peak_in_child(task: dict) -> float | str:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "fpn_d2.analysis.compare_memory", json.dumps(task | {"result": str(result)})]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
         if done.returncode or not result.exists():
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             return f"the process that measures it ended with {done.returncode}: {last}"

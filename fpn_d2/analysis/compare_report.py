@@ -72,6 +72,8 @@ def headline(result: dict) -> str:
             if names[kind]:
                 more = f" and {len(names[kind]) - 3} more" if len(names[kind]) > 3 else ""
                 lines.append(f"  {label}: {words}: {', '.join(names[kind][:3])}{more}")
+    for key, (a, b) in result["parity"]["input_settings"].items():
+        lines.append(f"Input: {key} is {a} in A, {b} in B")
     lines.append(verdict(result["parity"]))
     return "\n".join(lines)
 

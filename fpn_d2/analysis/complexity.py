@@ -1,10 +1,19 @@
 """Parameters and multiply-adds of a module."""
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+# oneDNN's fully connected layer is a matrix product like any other, which torch's counter does not know.
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flop(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def count_parameters(*modules: nn.Module) -> int:

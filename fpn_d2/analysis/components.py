@@ -165,8 +165,9 @@ def _config(options: Options) -> CfgNode:
 def _measured(row: Component, measure: Callable[[Component], None]) -> Component:
     try:
         measure(row)
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, ImportError) as error:
-        return Component(row.kind, row.name, row.built_with, error=" ".join(str(error).split()))
+    except Exception as error:  # whatever others have registered: the list goes on
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Component(row.kind, row.name, row.built_with, error=reason)
     return row
 
 

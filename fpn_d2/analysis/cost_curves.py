@@ -75,7 +75,7 @@ def measure_curves(
         output: a folder.
         curves: names of some of ``CURVES``; None: all.
         rounds: measured rounds of each point, ours and Detectron2's in turn.
-        largest: leave out values above it; None: all.
+        largest: leave out values above it, and curves of which none is left; None: all.
         device: "cpu" or "cuda".
         progress: show a progress bar; None: where stderr is a terminal.
 
@@ -83,7 +83,7 @@ def measure_curves(
         The result, as it is in cost_curves.json: of each curve its "points" and of ours and Detectron2's the "growth".
 
     Raises:
-        UserError: there is no such curve, or no GPU.
+        UserError: there is no such curve, no point up to ``largest``, or no GPU.
     """
     known = {curve.name: curve for curve in CURVES}
     unknown = [name for name in curves or () if name not in known]
@@ -92,7 +92,11 @@ def measure_curves(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"the device {device} was asked for, but there is no GPU that PyTorch can use: take cpu")
     where = torch.device(device)
-    chosen = [known[name] for name in curves or known]
+    asked_for = [known[name] for name in curves or known]
+    chosen = [curve for curve in asked_for if largest is None or min(curve.values) <= largest]
+    if not chosen:
+        least = min(min(curve.values) for curve in asked_for)
+        raise UserError(f"no point of these curves is at most {largest}: the least is {least}")
     work = [(curve, value) for curve in chosen for value in curve.values if largest is None or value <= largest]
     points: dict[str, list[dict]] = {curve.name: [] for curve in chosen}
     with tqdm(work, unit="point", disable=None if progress is None else not progress) as bar:

@@ -1,4 +1,4 @@
-"""The figure of the cost curves: time and memory, ours and Detectron2's, one column per curve."""
+"""The figure of the cost curves: time and memory, ours and Detectron2's, above each other for each curve."""
 
 import io
 import math
@@ -17,11 +17,15 @@ def draw(curves: dict[str, dict]) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fpn_d2"}):
-        figure = Figure(figsize=(3.4 * max(len(curves), 1), 5.6), layout="constrained")
+        columns = min(len(curves), 3)
+        rows = math.ceil(len(curves) / columns)
+        figure = Figure(figsize=(3.8 * columns, 5.0 * rows), layout="constrained")
         FigureCanvasSVG(figure)
-        grid = figure.subplots(2, max(len(curves), 1), sharex="col", squeeze=False)
-        for column, (name, curve) in enumerate(curves.items()):
-            _column(grid[0][column], grid[1][column], name, curve)
+        for number, (name, curve) in enumerate(curves.items()):
+            row, column = divmod(number, columns)
+            time = figure.add_subplot(2 * rows, columns, 2 * row * columns + column + 1)
+            memory = figure.add_subplot(2 * rows, columns, (2 * row + 1) * columns + column + 1, sharex=time)
+            _column(time, memory, name, curve)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
@@ -29,8 +33,8 @@ def draw(curves: dict[str, dict]) -> str:
 
 def _column(time, memory, name: str, curve: dict) -> None:
     points = curve["points"]
+    values = [point["value"] for point in points]
     for colour, (label, power) in zip(_COLOURS, curve["growth"].items(), strict=True):
-        values = [point["value"] for point in points]
         seconds = [point["seconds"][label] for point in points]
         medians = [s["median"] for s in seconds]
         below = [s["median"] - s["quartiles"][0] for s in seconds]
@@ -44,6 +48,9 @@ def _column(time, memory, name: str, curve: dict) -> None:
     memory.set(xlabel=curve["variable"], xscale="log")
     if any(peak for point in points for peak in point["peak_mb"].values()):
         memory.set_yscale("log")
+    memory.set_xticks(values, [str(value) for value in values])  # what was measured, no powers of ten
+    memory.set_xticks([], minor=True)
+    time.tick_params(labelbottom=False)
     time.set_ylabel("seconds")
     memory.set_ylabel("peak, MB")
     time.legend(frameon=False, fontsize=8)

@@ -1,23 +1,13 @@
 """Parameters and multiply-adds of a detector, part by part: bottom-up, neck, RPN, pooling, heads."""
 
-import math
-
 import torch
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from .complexity import count_macs, count_parameters
 
 PARTS = ("bottom-up", "neck", "RPN", "pooling", "heads", "other")
-
-# oneDNN's fully connected layer is a matrix product like any other, which torch's counter does not know.
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _linear_flop(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def split(model: nn.Module) -> dict[str, list[nn.Module]]:
@@ -105,12 +95,15 @@ class _SampleCounter:
         self.macs = 0.0
         self._pools = list(pools)
         self._handles: list = []
+        self._exact: dict[nn.Module, bool] = {}
 
     def __enter__(self) -> "_SampleCounter":
         for pool in self._pools:
             if isinstance(pool, ROIPooler) and not hasattr(pool, "extractor"):
                 self._handles.append(pool.register_forward_pre_hook(self._pooled_by_level))
             elif isinstance(pool, ROIPooler):  # pools a RoI from several levels, each by an operation of its own
+                # The fast way has no operation per level; the RoIs and samples are the same.
+                self._exact[pool], pool.exact = pool.exact, True
                 for level in pool.level_poolers:
                     self._handles.append(level.register_forward_pre_hook(self._pooled_on_one_level))
             else:
@@ -120,6 +113,8 @@ class _SampleCounter:
     def __exit__(self, *exception) -> None:
         for handle in self._handles:
             handle.remove()
+        for pool, exact in self._exact.items():
+            pool.exact = exact
 
     def _pooled_by_level(self, pool: ROIPooler, args: tuple) -> None:
         maps, box_lists = args

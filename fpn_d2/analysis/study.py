@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import detectron2
+import torch
 from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
 
@@ -24,14 +26,15 @@ import fpn_d2
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.data.scenes import make_scenes
 
-from .study_report import write_report
+from .child import child_environment
+from .study_report import COMPARED_WITH, write_report
 
 CONFIGS = Path(fpn_d2.__file__).resolve().parents[1] / "configs" / "study"
 # Those of the paper first, in the order of its tables; others follow by name.
 ORDER = ("fpn", "no_top_down", "no_lateral", "only_p2", "c4", "c5", "image_pyramid")
 # What training time is compared with.
 REFERENCE = "c4"
-# Every level from P2 to P5 gets objects of one octave, the edges being those of configs/study/fpn.yaml.
+# P2 to P4 get objects of one octave each and P5 half an octave, the edges being those of configs/study/fpn.yaml.
 SCENES = {"image_size": 128, "min_size": 8.0, "max_size": 90.0, "max_objects": 8, "own_colour": 1.0}
 SIZE_EDGES = (16, 32, 64)
 # Keys that say where things are, not what is done.
@@ -107,8 +110,10 @@ def run_study(
     settings = {
         name: changed_keys(path, opts) | {"SCENES": scenes}
         for name, path in available.items()
-        if name in (*names, REFERENCE)
+        if name in (*names, REFERENCE, COMPARED_WITH)
     }
+    for keys in settings.values():
+        keys |= _circumstances(keys)
 
     tasks = []
     for seed in seeds:
@@ -145,7 +150,7 @@ def run_study(
             for name in names
         ]
         failed += _do(tasks, 1, "Comparing times")
-    table = write_report(folder, names, seeds, REFERENCE)
+    table = write_report(folder, names, seeds, REFERENCE, settings)
     if failed:
         raise ChildProcessError(
             f"{len(failed)} of the runs failed, see {', '.join(failed)}; start again to repeat them"
@@ -170,6 +175,17 @@ def changed_keys(config: Path, opts: Sequence[str]) -> dict[str, object]:
     # Through JSON, in which they are kept: tuples become lists.
     changed = {k: v for k, v in _flat(cfg).items() if v != defaults[k] and k not in _PLACES}
     return json.loads(json.dumps(changed))
+
+
+def _circumstances(keys: dict[str, object]) -> dict[str, str]:
+    """The device that a run with these keys gets, and versions: what else AP, time and memory depend on."""
+    wanted = str(keys.get("MODEL.DEVICE", "cuda"))
+    on_gpu = wanted.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "MODEL.DEVICE": torch.cuda.get_device_name(wanted) if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "detectron2": detectron2.__version__,
+    }
 
 
 def _defaults() -> CfgNode:
@@ -248,12 +264,9 @@ def _difference(found: dict, wanted: dict) -> str:
 def _do_one(task: dict) -> bool:
     console = Path(task["console"])
     console.parent.mkdir(parents=True, exist_ok=True)
-    # This fpn_d2 and no other, also where it is not installed.
-    paths = [str(Path(fpn_d2.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
     with open(console, "w") as output:
         command = [sys.executable, "-m", "fpn_d2.analysis.study_run", json.dumps(task)]
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(), check=False)
     if done.returncode == 0 and task["kind"] == "train":
         for checkpoint in console.parent.glob("*.pth"):
             checkpoint.unlink()  # hundreds of megabytes a run, which nothing reads again

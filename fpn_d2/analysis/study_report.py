@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fpn_d2.engine.checkpoint import write_atomically
@@ -12,7 +12,9 @@ from fpn_d2.engine.checkpoint import write_atomically
 COMPARED_WITH = "fpn"
 
 
-def write_report(folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str) -> Path:
+def write_report(
+    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str, settings: Mapping[str, dict]
+) -> Path:
     """Write ``results.json``, ``table.md`` and ``study.png`` into ``folder``; runs without a result are left out.
 
     Args:
@@ -20,6 +22,7 @@ def write_report(folder: Path, variants: Sequence[str], seeds: Sequence[int], re
         variants: in the order of the table's rows.
         seeds: those whose runs count.
         reference: the variant that memory and training time are divided by.
+        settings: by variant those of its runs; results with others are left out.
 
     Returns:
         The path of the table.
@@ -27,7 +30,7 @@ def write_report(folder: Path, variants: Sequence[str], seeds: Sequence[int], re
     Raises:
         ValueError: not one run has a result.
     """
-    rows = summarise(folder, variants, seeds, reference)
+    rows = summarise(folder, variants, seeds, reference, settings)
     if not rows:
         raise ValueError(f"no run in {folder / 'runs'} has a result; see the console.txt of each")
     text = json.dumps({"seeds": list(seeds), "reference": reference, "variants": _without_nan(rows)}, indent=1)
@@ -38,20 +41,22 @@ def write_report(folder: Path, variants: Sequence[str], seeds: Sequence[int], re
     return table
 
 
-def summarise(folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str) -> list[dict]:
-    """Mean and spread over the seeds, variant by variant.
+def summarise(
+    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str, settings: Mapping[str, dict]
+) -> list[dict]:
+    """Mean and spread over the seeds, variant by variant; see :func:`write_report`.
 
     Returns:
         A dictionary per variant that has results, in the order of ``variants``: "variant", "seeds", and each
         measured quantity as {"mean", "spread", "values"}, the spread being the sample standard deviation: nan for
         one seed.
     """
-    runs = {
-        (variant, seed): json.loads(path.read_text())
-        for variant in variants
-        for seed in seeds
-        if (path := folder / "runs" / variant / f"seed_{seed}" / "result.json").exists()
-    }
+    runs = {}
+    for variant in {*variants, reference, COMPARED_WITH}:
+        for seed in seeds:
+            path = folder / "runs" / variant / f"seed_{seed}" / "result.json"
+            if found := _result(path, settings.get(variant)):
+                runs[variant, seed] = found
     rows = []
     for variant in variants:
         own = {seed: runs[variant, seed] for seed in seeds if (variant, seed) in runs}
@@ -72,11 +77,18 @@ def summarise(folder: Path, variants: Sequence[str], seeds: Sequence[int], refer
                 if (reference, s) in runs
             ]
         )
-        times = folder / "times" / f"{variant}.json"
-        compared = json.loads(times.read_text()) if times.exists() else {}
+        both = {"variant": settings[variant], "reference": settings.get(reference)}
+        compared = _result(folder / "times" / f"{variant}.json", both)
         row["time_ratio"] = {"median": compared.get("median"), "quartiles": compared.get("quartiles")}
         rows.append(row)
     return rows
+
+
+def _result(path: Path, settings: dict | None) -> dict:
+    """What is in the file if it is there and of these settings, else nothing; the number of timed pairs may differ."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    kept = {key: value for key, value in found.get("settings", {}).items() if key != "pairs"}
+    return found if kept == settings else {}
 
 
 def _summary(values: list[float]) -> dict:
@@ -142,11 +154,12 @@ def draw(rows: list[dict], reference: str, path: Path) -> None:
     """Draw AP by variant with each seed, AP by size, and AP against cost."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(16, 1.8 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(16, 2.6 + 0.3 * len(rows)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     by_variant, by_size, by_cost = figure.subplots(1, 3, width_ratios=[1.1, 1, 1.2])
-    names = [row["variant"] for row in rows]
+    names = [f"{row['variant']}  {number}" for number, row in enumerate(rows, start=1)]
     places = range(len(rows))
 
     means = [row["AP"]["mean"] for row in rows]
@@ -171,9 +184,42 @@ def draw(rows: list[dict], reference: str, path: Path) -> None:
 
     timed = all(row["time_ratio"]["median"] is not None for row in rows)
     costs = [row["time_ratio"]["median"] if timed else row["macs"]["mean"] / 1e9 for row in rows]
-    by_cost.errorbar(costs, means, yerr=spreads, fmt="o", capsize=3)
-    for name, cost, mean in zip(names, costs, means, strict=True):
-        by_cost.annotate(name, (cost, mean), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    by_cost.set(xscale="log", ylabel="AP")
+    by_cost.errorbar(costs, means, yerr=spreads, fmt="none", ecolor="tab:blue", elinewidth=0.7, alpha=0.4)
+    by_cost.plot(costs, means, "o", markersize=4)
+    by_cost.set(ylabel="AP", title="numbers: the variants on the left", xmargin=0.15, ymargin=0.15)
     by_cost.set_xlabel(f"training time as a ratio to {reference}" if timed else "GMAC of an image")
-    figure.savefig(path, dpi=110)
+    if max(costs) > 5 * min(costs):
+        by_cost.set_xscale("log")
+        by_cost.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter())
+        by_cost.xaxis.set_minor_formatter(NullFormatter())
+    figure.draw_without_rendering()  # now it is settled where the points are
+    _number_points(by_cost, costs, means)
+    figure.savefig(path)
+
+
+def _number_points(axes, xs: list[float], ys: list[float]) -> None:
+    """Write 1, 2, ... beside the points, each where it hides no point and no other number, with a line to its point."""
+    points = [tuple(point) for point in axes.transData.transform(list(zip(xs, ys, strict=True)))]
+    taken = list(points)
+    scale = axes.figure.dpi / 72  # pixels of a typographic point
+    for number, (x, y) in enumerate(points, start=1):
+        around = [
+            (radius * math.cos(angle * math.pi / 8), radius * math.sin(angle * math.pi / 8))
+            for radius in range(12, 120, 6)
+            for angle in range(16)
+        ]
+        places = [(x + dx * scale, y + dy * scale) for dx, dy in around]
+        inside = [place for place in places if axes.bbox.padded(-8 * scale).contains(*place)] or places
+        place = next((p for p in inside if all(math.dist(p, t) > 12 * scale for t in taken)), inside[0])
+        taken.append(place)
+        axes.annotate(
+            str(number),
+            (x, y),
+            place,
+            xycoords="figure pixels",
+            textcoords="figure pixels",
+            ha="center",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkA": 1, "shrinkB": 2},
+        )

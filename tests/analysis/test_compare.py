@@ -2,16 +2,20 @@
 
 import base64
 import json
+import os
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+import fpn_d2
 from fpn_d2 import cli
-from fpn_d2.analysis import compare_memory
+from fpn_d2.analysis import compare, compare_figures, compare_memory
 from fpn_d2.analysis.compare import Plan, run_compare
-from fpn_d2.analysis.compare_measure import training_call
+from fpn_d2.analysis.compare_measure import torchvision_images, training_call
 from fpn_d2.analysis.compare_report import text
 from fpn_d2.analysis.compare_setup import build_one, build_pair, random_batch, read_config
 from fpn_d2.data.scenes import make_scenes
@@ -131,6 +135,19 @@ def test_page_holds_the_figures_and_needs_nothing_else(folder, result):
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
 
 
+def test_times_that_differ_by_much_can_all_be_read():
+    def row(size, a, b):
+        seconds = {label: {"median": m, "quartiles": [m, m]} for label, m in (("A", a), ("B", b))}
+        return {"size": size, "batch": 1, "seconds": seconds}
+
+    svg = ElementTree.fromstring(
+        compare_figures._svg(compare_figures._times, [row([8, 9], 0.5, 0.002), row([80, 90], 7, 8)])
+    )
+    texts = {text.text: text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"8x9, batch 1", "80x90, batch 1", "0.5", "0.002", "7", "8"} <= set(texts)
+    assert "fill: #808080" in texts["0.002"].get("style")  # not white on white
+
+
 def test_terminal_shows_the_same_figures(result):
     shown = text(result)
     assert "Outputs: equal, bit for bit, in every stage" in shown
@@ -204,13 +221,15 @@ def with_data(folder, config):
     # A file that bears the name of one in the zoo, as our twins do.
     twin = folder / "COCO-Detection" / "faster_rcnn_R_50_FPN_1x.yaml"
     twin.parent.mkdir()
-    write(twin)
-    return str(twin), [*data, *CLASSES], str(folder / "for_data.pth")
+    # Six classes without an option: one that changes the model would make it another than the published one.
+    twin.write_text(Path(write(twin)).read_text().replace("NUM_CLASSES: 5", "NUM_CLASSES: 6"))
+    return str(twin), data, str(folder / "for_data.pth")
 
 
 def test_data_and_published_figures(folder, config, with_data):
     twin, opts, weights = with_data
-    plan = Plan(**QUICK, opts=opts, weights=weights, data=True, output=str(folder / "data"))
+    changed = {"opts_b": STOCK + CLASSES, "opts": opts}
+    plan = Plan(**QUICK | changed, weights=weights, data=True, output=str(folder / "data"))
     found = run_compare(twin, config, plan, progress=False)
     assert found["parity"]["images"] == "the first 1 of compare_scenes" and found["parity"]["first_unequal"] is None
     assert found["ap"]["A"] == found["ap"]["B"]
@@ -221,6 +240,49 @@ def test_data_and_published_figures(folder, config, with_data):
     assert "faster_rcnn_r50_fpn_1x_coco" in found["published"]["mmdetection"]["rows"]
     for part in ("AP in percent, measured here", "37.9", "MODEL_ZOO.md", "metafile.yml"):
         assert part in text(found)
+
+
+def test_what_makes_figures_of_another_model_is_told(folder, with_data, monkeypatch):
+    """B with another neck, which the checkpoint does not fill, and images in another order of colours."""
+    twin, opts, weights = with_data
+
+    def broken(model, folder):
+        raise RuntimeError("an annotation\nis wrong.")
+
+    monkeypatch.setattr(compare, "measure_ap", broken)
+    changed = {"opts_b": ["MODEL.FPN.NECK", "PAFPN", "INPUT.FORMAT", "RGB"], "rounds": 1}
+    plan = Plan(**QUICK | changed, opts=opts, weights=weights, data=True, output=str(folder / "changed"))
+    found = run_compare(twin, twin, plan, progress=False)
+    assert found["parity"]["input_settings"] == {"INPUT.FORMAT": ["BGR", "RGB"]}
+    assert found["parity"]["first_beyond"] == "input" and "Input: INPUT.FORMAT is BGR in A, RGB in B" in text(found)
+    rows = found["published"]["zoo"]["rows"]
+    assert rows["A"]["box_AP"] == 37.9 and rows["B"] is None
+    assert "Published figures of B: MODEL.FPN.NECK makes it another model." in found["not_measured"]
+    assert found["ap"] == {} and found["inference"]  # the times are there all the same
+    assert "AP of A: it ended with RuntimeError: an annotation is wrong." in found["not_measured"]
+    (line,) = [line for line in found["not_measured"] if line.startswith("AP of B")]
+    assert "for_data.pth has no weights for" in line and "of its tensors, backbone." in line
+
+
+def test_torchvision_as_a_third_column(folder, config, monkeypatch):
+    built = []
+    real = compare.torchvision_detector
+    monkeypatch.setattr(compare, "torchvision_detector", lambda device: built.append(real(device)) or built[0])
+    plan = Plan(**QUICK | {"rounds": 1}, torchvision=True, train=True, output=str(folder / "torchvision"))
+    found = run_compare(config, config, plan, progress=False)
+    assert found["inference"][0]["seconds"]["torchvision"]["median"] > 0
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in built[0].modules())  # frozen, as published
+    assert list(found["training"][0]["seconds"]) == ["A", "B"]
+    assert any("memory of torchvision's" in line for line in found["not_measured"])
+
+
+def test_torchvision_gets_the_images_as_they_are(config):
+    batch = random_batch(read_config(config, [], "cpu")[1], 2, (8, 9))
+    images = torchvision_images(batch, torch.device("cpu"))
+    assert [image.dtype for image in images] == [torch.float32] * 2
+    assert all(
+        torch.equal((image * 255).round().byte(), item["image"]) for image, item in zip(images, batch, strict=True)
+    )
 
 
 def test_data_that_are_not_there(folder, config, monkeypatch):
@@ -274,20 +336,43 @@ def test_peak_of_memory_is_what_was_taken():
     assert compare_memory.raised_peak(lambda: None) < 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process' peak cannot be started anew")
 def test_memory_of_a_model_in_this_process(config):
     task = {"config": config, "opts": [], "weights": "", "size": [64, 96], "batch": 1, "optimize": ""}
-    threads = torch.get_num_threads()
-    for mode in compare_memory.MODES:
-        peak = compare_memory.measure(task | {"mode": mode, "threads": threads})
-        assert isinstance(peak, str) or peak >= 0
+    task["threads"] = torch.get_num_threads()
+    peaks = {mode: compare_memory.measure(task | {"mode": mode}) for mode in compare_memory.MODES}
+    # Gradients and momentum of 11 million parameters are 85 MB.
+    assert 80 < peaks["training"] < 400 and 0 <= peaks["inference"] < peaks["training"]
 
 
 def test_a_child_that_fails_is_told_in_words(tmp_path, monkeypatch):
     broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho first >&2\necho out of memory >&2\nexit 3\n")
+    broken.write_text('#!/bin/sh\necho first >&2\necho "out of memory in $PYTHONPATH" >&2\nexit 3\n')
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
-    assert compare_memory.peak_in_child({}) == "the process that measures it ended with 3: out of memory"
+    monkeypatch.setenv("PYTHONPATH", "/theirs")
+    told = compare_memory.peak_in_child({})
+    # This fpn_d2, also where it is not installed.
+    here = Path(fpn_d2.__file__).resolve().parents[1]
+    assert told == f"the process that measures it ended with 3: out of memory in {here}{os.pathsep}/theirs"
+
+
+def test_peak_on_a_gpu_counts_what_the_first_step_leaves(monkeypatch):
+    """With a GPU of a fake: gradients and the optimizer's state stay after the first step, activations do not."""
+    held = {"now": 200, "peak": 500}
+
+    def step():
+        held["now"] = max(held["now"], 200 + 90)
+        held["peak"] = max(held["peak"], held["now"] + 30)
+
+    for name, what in {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: held.update(peak=held["now"]),
+        "memory_allocated": lambda device: held["now"] * 2**20,
+        "max_memory_allocated": lambda device: held["peak"] * 2**20,
+    }.items():
+        monkeypatch.setattr(compare_memory.torch.cuda, name, what)
+    assert compare_memory.peak_on_gpu(step, torch.device("cuda")) == 90 + 30
 
 
 @pytest.mark.slow

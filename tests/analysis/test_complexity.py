@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fpn_d2.analysis import count_macs, count_parameters
+from fpn_d2.modeling.ops.linear import OneDNNLinear
 
 
 def test_parameters_count_once():
@@ -27,6 +28,11 @@ def test_multiply_adds_of_attention_on_both_devices():
 
     # Queries times keys, weights times values.
     assert attention("cpu") == attention("meta") == 2 * (2 * 4 * 10 * 10 * 16)
+
+
+def test_products_of_onednn_count_as_any():
+    layer = OneDNNLinear(8, 16)
+    assert count_macs(lambda: layer(torch.zeros(3, 8))) == 3 * 8 * 16
 
 
 def test_weights_do_not_matter():

@@ -74,6 +74,14 @@ def test_what_cannot_be_built_says_why(monkeypatch):
     assert "Not built: NeedsMore. NeedsMore wants MODEL.SOMETHING" in show([row], SIZE)
 
 
+def test_a_foreign_backbone_does_not_end_the_list(monkeypatch):
+    # A plain module has no size_divisibility; another fails without a word.
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "foreign", lambda cfg, shape: nn.Conv2d(3, 8, 1))
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "mute", lambda cfg, shape: next(iter(())))
+    foreign, mute = list_components((64, 64), names=["foreign", "mute"])
+    assert "size_divisibility" in foreign.error and mute.error == "StopIteration"
+
+
 def test_a_new_component_appears_by_existing(monkeypatch):
     class OneMap(Neck):
         def __init__(self, cfg, input_shape):

@@ -11,6 +11,7 @@ from detectron2.structures import Instances
 from fpn_d2 import cli
 from fpn_d2.analysis import cost_curves
 from fpn_d2.analysis.cost_curves import CURVES, OURS, STOCK, Curve, growth, measure_curves, table
+from fpn_d2.analysis.cost_curves_figure import draw
 
 
 def test_curves_cover_what_grows():
@@ -96,12 +97,39 @@ def test_files(tmp_path, two_small_curves, capsys):
         assert point["seconds"][STOCK]["n"] == 2 and set(point["peak_mb"]) == {OURS, STOCK}
     svg = (tmp_path / "out" / "cost_curves.svg").read_text()
     assert ElementTree.fromstring(svg).tag.endswith("svg") and "sum by cells" in svg
+    shown = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert shown.count("10") == shown.count("1000") == 1  # the values that were measured, below the lower panel
     assert table(kept) in capsys.readouterr().out
+
+
+def test_figure_of_all_curves_fits_a_page():
+    both = (OURS, STOCK)
+    seconds = {name: {"median": 1.0, "quartiles": [0.9, 1.1]} for name in both}
+    point = {"seconds": seconds, "peak_mb": dict.fromkeys(both, 3.0)}
+    curves = {
+        curve.name: {
+            "variable": curve.variable,
+            "points": [{"value": value, **point} for value in curve.values],
+            "growth": dict.fromkeys(both, 1.0),
+        }
+        for curve in CURVES
+    }
+    svg = ElementTree.fromstring(draw(curves))
+    assert float(svg.get("width").removesuffix("pt")) < 12 * 72
+    titles = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert all(name in titles for name in curves)
+
+
+def test_a_curve_without_points_is_left_out(tmp_path, two_small_curves):
+    result = measure_curves(str(tmp_path), rounds=1, largest=5, progress=False)
+    assert list(result["curves"]) == ["pooling by RoIs"]
 
 
 def test_mistakes(tmp_path, two_small_curves):
     with pytest.raises(ValueError, match="no curve 'pooling by luck'; there are sum by cells, pooling by RoIs"):
         measure_curves(str(tmp_path), curves=["pooling by luck"])
+    with pytest.raises(ValueError, match="at most 5: the least is 10"):
+        measure_curves(str(tmp_path), curves=["sum by cells"], largest=5)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
             measure_curves(str(tmp_path), device="cuda")

@@ -8,9 +8,8 @@ from torch import nn
 
 from fpn_d2.analysis.compare_measure import keep_size, torchvision_detector, torchvision_images
 from fpn_d2.analysis.compare_setup import build_one, random_batch, read_config
-from fpn_d2.analysis.complexity import count_macs, count_parameters
+from fpn_d2.analysis.complexity import count_parameters
 from fpn_d2.analysis.parts import PARTS, macs_by_part, parameters_by_part
-from fpn_d2.modeling.ops.linear import OneDNNLinear
 
 from .small_detectors import RETINANET, STOCK, STOCK_RETINANET, write
 
@@ -74,13 +73,16 @@ def test_pooling_counts_the_samples_of_its_definition():
     assert macs_by_part(Detector(0, (2, 2), 2), (two_maps, large))["pooling"] == 4 * 5 * 4 * 28 * 28
 
 
-def test_pooling_from_all_levels_counts_every_level(tmp_path):
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_pooling_from_all_levels_counts_every_level(tmp_path, numerics):
     batch = None
     found = {}
     for rule in ("canonical", "all_sum", "all_max"):
-        model = model_of(tmp_path, "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "2", rule=rule)
+        opts = ["MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "2", "MODEL.NUMERICS", numerics]
+        model = model_of(tmp_path, *opts, rule=rule)
         batch = batch or random_batch(model.cfg, 1, SIZE)
         found[rule] = macs_by_part(model.network, batch)
+        assert model.network.roi_heads.box_pooler.exact == (numerics == "exact")  # as it was
     pooled = {rule: parts["pooling"] for rule, parts in found.items()}
     assert pooled["all_sum"] == 4 * pooled["canonical"] == 4 * (20 * 4 * 4 * 3 * 3 * 16)
     # Convolutions of an extractor belong to pooling, not to the heads: one of 3 x 3 per RoI and level.
@@ -103,16 +105,12 @@ def test_one_stage_detector(tmp_path):
     assert found["heads"] > 0 and found["RPN"] == found["pooling"] == found["other"] == 0
 
 
-def test_products_of_onednn_count_as_any():
-    layer = OneDNNLinear(8, 16)
-    assert count_macs(lambda: layer(torch.zeros(3, 8))) == 3 * 8 * 16
-
-
 @pytest.mark.slow
 def test_torchvision():
     network = torchvision_detector(torch.device("cpu"))
     keep_size(network, SIZE)
-    images = torchvision_images(read_config("COCO-Detection/faster_rcnn_R_50_FPN_1x", [], "cpu")[1], 1, SIZE, "cpu")
+    cfg = read_config("COCO-Detection/faster_rcnn_R_50_FPN_1x", [], "cpu")[1]
+    images = torchvision_images(random_batch(cfg, 1, SIZE), "cpu")
     found = macs_by_part(network, images)
     assert found["other"] == 0 and all(found[part] > 0 for part in PARTS if part != "other")
     assert parameters_by_part(network)["total"] == count_parameters(network)

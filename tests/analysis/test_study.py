@@ -8,9 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
+from matplotlib.figure import Figure
 
 from fpn_d2 import cli
 from fpn_d2.analysis import study, study_report, study_run
+from fpn_d2.analysis.compare_setup import random_batch
 from fpn_d2.analysis.study import CONFIGS, run_study, variants_in
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
@@ -73,6 +76,38 @@ def test_runs_with_other_settings_are_not_mixed(tmp_path, runs):
         run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, opts=["SOLVER.BASE_LR", "0.1"], **SMALL)
 
 
+def test_runs_of_another_machine_are_not_mixed(tmp_path, runs, monkeypatch):
+    run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL)
+    monkeypatch.setattr(study.torch, "__version__", "9.9")
+    with pytest.raises(ValueError, match=r"torch '2\S+' there, '9.9' here"):
+        run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL)
+    monkeypatch.undo()
+    keys = {"MODEL.DEVICE": "cpu"}
+    assert study._circumstances(keys)["MODEL.DEVICE"] == "cpu"
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(study.torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    assert study._circumstances({})["MODEL.DEVICE"] == "name of cuda"
+    assert study._circumstances(keys)["MODEL.DEVICE"] == "cpu"
+
+
+def test_times_and_runs_with_other_settings_are_not_shown(tmp_path, runs):
+    run_study(tmp_path, seeds=[1], variants=["fpn", "c4"], iterations=5, **SMALL)
+    none = SMALL | {"time_pairs": 0, "variants": ["only_p2"]}
+    for name in ("times/fpn.json", "runs/fpn/seed_1/result.json", "runs/c4/seed_1/result.json"):
+        assert (tmp_path / name).exists()
+    # Of the same settings they count, though neither was asked for now.
+    table = run_study(tmp_path, seeds=[1], iterations=5, **none).read_text()
+    assert "| only_p2 | 1 | 35.0 |" in table and "| -5.0 |" in table and table.rstrip().endswith("| 1.10 | - |")
+    assert "| fpn |" not in table
+    runs_of_fpn = SMALL | {"time_pairs": 0, "variants": ["fpn"]}
+    table = run_study(tmp_path, seeds=[1], iterations=5, **runs_of_fpn).read_text()
+    assert table.rstrip().endswith("| 1.10 | 0.50 (0.45 to 0.55) |")
+    # With other settings they do not.
+    (tmp_path / "runs" / "fpn" / "seed_1" / "result.json").unlink()
+    table = run_study(tmp_path, seeds=[1], iterations=6, **runs_of_fpn).read_text()
+    assert table.rstrip().endswith("| - | - |")
+
+
 def test_table_and_results(tmp_path, runs):
     table = run_study(tmp_path, seeds=[1, 2], variants=["fpn", "c4", "only_p2"], **SMALL).read_text().splitlines()
     assert table[0].startswith(
@@ -98,14 +133,34 @@ def test_one_seed_has_no_spread(tmp_path, runs):
     assert not (tmp_path / "times").exists()
 
 
+def _settings_of(folder, variant):
+    return json.loads((folder / "runs" / variant / "seed_1" / "result.json").read_text())["settings"]
+
+
 def test_figure_shows_something(tmp_path, runs):
     run_study(tmp_path, seeds=[1, 2], variants=["fpn", "c4"], **SMALL)
     first = cv2.imread(str(tmp_path / "study.png"))
     assert first.shape[1] > 1000 and len(np.unique(first.reshape(-1, 3), axis=0)) > 50
-    rows = study_report.summarise(tmp_path, ["fpn", "c4"], [1, 2], "c4")
+    settings = {name: _settings_of(tmp_path, name) for name in ("fpn", "c4")}
+    rows = study_report.summarise(tmp_path, ["fpn", "c4"], [1, 2], "c4", settings)
     rows[0]["AP"]["mean"] += 10
     study_report.draw(rows, "c4", tmp_path / "other.png")
     assert (cv2.imread(str(tmp_path / "other.png")) != first).any()
+
+
+def test_numbers_beside_crowded_points_hide_nothing():
+    figure = Figure(dpi=100)
+    axes = figure.subplots()
+    xs, ys = [1 + 0.01 * (n % 4) for n in range(17)], [40 + 0.2 * (n // 4) for n in range(17)]
+    axes.set(xlim=(0.5, 1.5), ylim=(35, 45))
+    study_report._number_points(axes, xs, ys)
+    points = axes.transData.transform(list(zip(xs, ys, strict=True)))
+    assert [text.get_text() for text in axes.texts] == [str(n) for n in range(1, 18)]
+    places = [text.xyann for text in axes.texts]
+    for number, place in enumerate(places):
+        assert axes.bbox.contains(*place)
+        others = [*points, *places[:number], *places[number + 1 :]]
+        assert min(math.dist(place, other) for other in others) > 12 * 100 / 72
 
 
 def test_failed_runs_are_named_and_the_others_count(tmp_path, runs, monkeypatch):
@@ -154,6 +209,7 @@ def test_variants_differ_in_the_model_only():
         other = {key for key in {*keys, *recipe} if keys.get(key) != recipe.get(key)}
         assert all(key.startswith("MODEL.") for key in other), (name, other)
         anchors = [size for sizes in keys["MODEL.ANCHOR_GENERATOR.SIZES"] for size in sizes]
+        assert keys["MODEL.NUMERICS"] == "exact"  # C4 and C5 have Detectron2's operations only
         assert sorted(anchors) == [8, 11, 16, 23, 32, 45, 64, 90], name
 
 
@@ -181,6 +237,33 @@ def test_one_run_measures_what_it_says(tmp_path):
     found = study_run.compare_times(task)
     assert len(found["ratios"]) == 3 and found["quartiles"][0] <= found["median"] <= found["quartiles"][1]
     assert 0.1 < found["median"] < 10  # of the same model
+
+
+def test_reading_images_is_not_timed(tmp_path, monkeypatch):
+    drawn = []
+
+    class Loader:
+        def __iter__(self):
+            for number in range(100):
+                drawn.append(number)
+                yield random_batch(get_cfg(), 1, (64, 64))
+
+    during = []
+
+    def seconds(trainer):
+        before = len(drawn)
+        next(trainer._trainer._data_loader_iter)
+        during.append(len(drawn) - before)
+        return 1.0
+
+    monkeypatch.setattr(study_run.Trainer, "build_train_loader", lambda *_: Loader())
+    monkeypatch.setattr(study_run, "_seconds_of_a_step", seconds)
+    opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.COCO_FORMAT", "[]"]
+    opts += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "6"]
+    config = str(CONFIGS / "fpn.yaml")
+    task = {"config": config, "opts": opts, "reference_config": config, "reference_opts": opts, "pairs": 2}
+    assert study_run.compare_times(task)["ratios"] == [1.0, 1.0]
+    assert during == [0] * 8 and len(drawn) == 8
 
 
 @pytest.mark.slow

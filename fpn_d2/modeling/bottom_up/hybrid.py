@@ -50,8 +50,14 @@ class TransformerStage(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
         self.blocks = nn.Sequential(
             *(
-                Block(channels, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate)
-                for rate in torch.linspace(0 if depth > 1 else drop_path, drop_path, depth).tolist()
+                Block(
+                    channels,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias=True,
+                    drop_path=drop_path * (i / (depth - 1) if depth > 1 else 1),
+                )
+                for i in range(depth)
             )
         )
         self.norm = nn.LayerNorm(channels)
