@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
 
 from fpn_d2.engine import Trainer, UserError, build_evaluator
 from fpn_d2.engine import trainer as trainer_module
@@ -118,7 +119,7 @@ def test_expected_results_are_verified(tmp_path, scenes):
 
 def test_evaluators_by_the_type_of_the_data_set(tmp_path, scenes):
     cfg = small_config(tmp_path, scenes)
-    assert type(build_evaluator(cfg, TEST)).__name__ == "COCOEvaluator"
+    assert isinstance(build_evaluator(cfg, TEST), COCOEvaluator)
     cases = {"pascal_voc": "PascalVOCDetectionEvaluator", "sem_seg": "SemSegEvaluator"}
     for kind, evaluator in cases.items():
         name = f"engine_type_{kind}"
