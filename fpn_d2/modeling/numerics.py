@@ -44,7 +44,7 @@ def speed_up(module: nn.Module, device: str = "cpu") -> nn.Module:
 def lay_channels_last(module: nn.Module) -> nn.Module:
     """Make the weights of ``module`` channels-last, in place, so that the maps become so too.
 
-    Not where there is a group norm: PyTorch's backward of it takes ten times as long on channels-last maps.
+    Not where there is a group norm: PyTorch's backward of it is many times slower on channels-last maps.
     """
     if not any(isinstance(child, nn.GroupNorm) for child in module.modules()):
         module.to(memory_format=torch.channels_last)

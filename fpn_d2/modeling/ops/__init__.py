@@ -3,7 +3,7 @@
 :func:`pyramid_roi_align` pools each RoI from its own level of a pyramid. Implementations:
 
     "compiled"     C++, CPU; built at first use where there is a compiler, then cached (compiled_roi_align.py)
-    "torch"        pure torch, any device; as exact, about half as fast as compiled (torch_roi_align.py)
+    "torch"        pure torch, any device; as exact, slower than compiled (torch_roi_align.py)
     "triton"       GPU; one launch for all levels, no host synchronisation (triton_roi_align.py)
     "torchvision"  one ``torchvision.ops.roi_align`` per level, as in Detectron2; what can be traced and exported
     "auto"         the default. GPU: triton, or torchvision where Triton is missing. CPU: compiled, or torch where it

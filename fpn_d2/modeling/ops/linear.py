@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 class OneDNNLinear(nn.Linear):
     """``nn.Linear`` whose products run through oneDNN on a CPU; elsewhere, and where torch has none, it is ``Linear``.
 
-    On AMD processors PyTorch's own library for float32 products, MKL, takes about twice as long. The sums are added
-    in another order: the result differs by float rounding.
+    PyTorch's own library for float32 products, MKL, is the slower one on AMD processors. The sums are added in another
+    order: the result differs by float rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
