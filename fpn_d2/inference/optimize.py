@@ -12,7 +12,7 @@ from torch import nn
 
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner
 from fpn_d2.modeling.numerics import lay_channels_last
-from fpn_d2.modeling.ops.folded_conv import fuse_norms
+from fpn_d2.modeling.ops.conv import fuse_norms, use_fast_convolutions
 from fpn_d2.modeling.ops.linear import use_onednn
 from fpn_d2.modeling.poolers import CombiningROIPooler, PyramidROIPooler
 from fpn_d2.modeling.rpn import FPNRPN
@@ -52,6 +52,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         raise TypeError(f"dtype is {dtype!r}; expected None, torch.float32, torch.bfloat16 or torch.float16")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fuse_norms(model)
+    use_fast_convolutions(model)
     use_onednn(model)
     _swap(model, RPN, _fast_rpn)
     _swap(model, ROIPooler, _fast_pooler)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.modeling import NECK_REGISTRY, Neck, PyramidBackbone
-from fpn_d2.modeling.ops.folded_conv import FoldedConv2d
+from fpn_d2.modeling.ops.conv import FastConv2d
 
 
 def config(depth=18, **options):
@@ -198,7 +198,7 @@ def test_a_child_that_is_replaced_is_replaced_in_the_neck():
 
 def test_frozen_norms_of_the_neck_are_folded_too():
     backbone = build_backbone(config(MODEL__FPN__NORM="FrozenBN"))
-    assert type(backbone.neck.fpn_output2) is type(backbone.fpn_output2) is FoldedConv2d
+    assert type(backbone.neck.fpn_output2) is type(backbone.fpn_output2) is FastConv2d
 
 
 @pytest.mark.parametrize("last,warned", [("res5", False), ("res4", True)])

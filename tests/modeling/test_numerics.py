@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from fpn_d2.modeling.numerics import speed_up
-from fpn_d2.modeling.ops.folded_conv import FoldedConv2d
+from fpn_d2.modeling.ops.conv import FastConv2d
 from fpn_d2.modeling.ops.linear import OneDNNLinear
 from tests.batches import random_batch, seed_everything
 from tests.modeling.test_roi_heads import config
@@ -58,8 +58,8 @@ def test_fast_is_fast_and_exact_is_detectron2s():
     def kinds(model):
         return {type(module) for module in model.modules()}
 
-    assert not {FoldedConv2d, OneDNNLinear} & kinds(exact)
-    assert {FoldedConv2d, OneDNNLinear} <= kinds(fast)
+    assert not {FastConv2d, OneDNNLinear} & kinds(exact)
+    assert {FastConv2d, OneDNNLinear} <= kinds(fast)
     assert exact.roi_heads.box_pooler.exact and not fast.roi_heads.box_pooler.exact
     x = torch.randn(1, 3, 64, 96)
     assert fast.backbone(x)["p3"].is_contiguous(memory_format=torch.channels_last)

@@ -1,19 +1,7 @@
-"""Compiled multi-level RoIAlign for the CPU: builds ``roi_align_cpu.cpp``, keeps the result, calls it.
-
-The library has a C interface and is called through ctypes. It needs no headers of torch, so that it builds in seconds
-with any C++ compiler, needs neither ninja nor setuptools, and one build serves every version of torch. It runs its own
-threads, as many as ``torch.get_num_threads()``: linking OpenMP would bring a second OpenMP runtime beside torch's.
-"""
+"""Compiled multi-level RoIAlign for the CPU: calls ``roi_align_cpu.cpp``."""
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-logger = logging.getLogger(__name__)
+from .compiled import Source, load
 
-SOURCE = Path(__file__).with_name("roi_align_cpu.cpp")
-FLAGS = ("-O2", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fPIC", "-shared", "-pthread")
+SOURCE = Source(
+    Path(__file__).with_name("roi_align_cpu.cpp"),
+    # One rounding decides on which side of a limit a coordinate lies: none may be left out.
+    flags=("-O2", "-ffp-contract=off"),
+    does="Pooling",
+    otherwise="in pure torch",
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_COMPILE_SECONDS = 120
 
 
 class _Problem(ctypes.Structure):
@@ -46,106 +38,13 @@ class _Problem(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library, built or taken from the cache; None where that is not possible.
-
-    The first call in a process says in the log what it did: one line. A failure is remembered, not tried again.
-    """
-    try:
-        path, built = build()
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(f"Pooling runs in pure torch, not compiled: {_first_line(error)}")
-        return None
-    logger.info(f"Pooling runs compiled: {'built' if built else 'found'} {path}")
-    for kind in ("float32", "float64", "bfloat16"):
+    """Return the compiled library, see :func:`.compiled.load`; a failure is remembered, not tried again."""
+    loaded = load(SOURCE)
+    for kind in ("float32", "float64", "bfloat16") if loaded else ():
         for name in (f"pool_{kind}", f"unpool_{kind}"):
             function = getattr(loaded, name)
             function.argtypes, function.restype = [ctypes.POINTER(_Problem), ctypes.c_void_p], ctypes.c_int64
     return loaded
-
-
-def build(cache: Path | None = None) -> tuple[Path, bool]:
-    """Compile the source, unless the cache has it for this source, compiler, flags and processor.
-
-    Processes that build at the same time do not disturb each other: each compiles into a file of its own, and the last
-    step, a rename, is atomic. There is no lock that a killed process could leave behind.
-
-    Args:
-        cache: the folder to keep the library in; None: ``default_cache()``.
-
-    Returns:
-        The library's path, and whether it was compiled just now.
-
-    Raises:
-        OSError: there is no compiler, or no place to write to.
-        subprocess.SubprocessError: the compiler failed or hung.
-    """
-    cache = default_cache() if cache is None else cache
-    compiler = find_compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_COMPILE_SECONDS, check=True).stdout
-    parts = [SOURCE.read_bytes(), compiler.encode(), version, " ".join(FLAGS).encode(), _processor().encode()]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    path = cache / f"roi_align_cpu_{key}.so"
-    if path.exists():
-        return path, False
-    try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = tempfile.mkdtemp(dir=cache, prefix=".building_")
-    except OSError:
-        # Nowhere to keep it. A fresh folder of our own, never a name in a shared one that others could have put there.
-        folder = tempfile.mkdtemp(prefix="fpn_d2_")
-        path = Path(folder, path.name)
-    scratch = Path(folder, "scratch.so")
-    try:
-        _compile(compiler, scratch)
-        os.replace(scratch, path)
-    finally:
-        if path.parent != Path(folder) or not path.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-    return path, True
-
-
-def default_cache() -> Path:
-    """Return ``$FPN_D2_CACHE``, or ``fpn_d2`` in the user's cache folder."""
-    if os.environ.get("FPN_D2_CACHE"):
-        return Path(os.environ["FPN_D2_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpn_d2"
-
-
-def find_compiler() -> str:
-    """Return the path of ``$CXX``, or else of g++, clang++ or c++.
-
-    Raises:
-        OSError: there is none.
-    """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise OSError(f"no C++ compiler: looked for {', '.join(names)}")
-
-
-def _compile(compiler: str, path: Path) -> None:
-    # Not every compiler knows -march=native on every processor; the code is right, and slower, without.
-    for tuning in (["-march=native"], []):
-        command = [compiler, *FLAGS, *tuning, str(SOURCE), "-o", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-        if done.returncode == 0:
-            return
-    raise subprocess.SubprocessError(f"{compiler} failed: {done.stderr.strip() or done.returncode}")
-
-
-def _processor() -> str:
-    """Describe the instruction set: a cache may lie on a file system that several kinds of machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def compiled_roi_align(

@@ -1,5 +1,4 @@
-// Multi-level RoIAlign on the CPU, forward and backward, behind a C interface: no headers of torch, any compiler of
-// C++17 with GCC's vector extensions (g++, clang++). compiled_roi_align.py builds, loads and calls it.
+// Multi-level RoIAlign on the CPU, forward and backward, behind a C interface that compiled_roi_align.py calls.
 //
 // The average over a cell's sampling grid is separable. A sample at (y, x) weighs map rows by its bilinear weights in y
 // and columns by those in x, and the grid is the product of its positions in y and in x: so the weights of all
@@ -16,21 +15,12 @@
 // So compile with -ffp-contract=off; the sums of vectors ask for fused operations where they want them.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <exception>
 #include <limits>
 #include <numeric>
-#include <thread>
 #include <tuple>
-#include <utility>
-#include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "cpu_kernels.h"
 
 extern "C" {
 // Mirrored by ctypes in compiled_roi_align.py. Sizes are counts, not bytes.
@@ -48,16 +38,7 @@ struct Problem {
 
 namespace {
 
-// ---- Vectors of channels: 64 bytes in registers, loaded from maps of either type, and single numbers for the rest.
-
-typedef float Float16 __attribute__((vector_size(64)));
-typedef double Double8 __attribute__((vector_size(64)));
-typedef uint32_t Bits16 __attribute__((vector_size(64)));
-typedef uint16_t Half16 __attribute__((vector_size(32)));
-
-struct BFloat16 {
-    uint16_t bits;
-};
+// ---- Vectors of channels: 64 bytes in registers, and single numbers for the rest.
 
 template <typename V> struct Lanes;
 template <> struct Lanes<Float16> { typedef float Scalar; static constexpr int count = 16; };
@@ -69,36 +50,6 @@ template <typename T> struct WideOf;
 template <> struct WideOf<float> { typedef Float16 Type; };
 template <> struct WideOf<double> { typedef Double8 Type; };
 
-template <typename V, typename T> inline V load(const T* from) {
-    V v;
-    std::memcpy(&v, from, sizeof(V));
-    return v;
-}
-template <> inline float load<float, BFloat16>(const BFloat16* from) {
-    const uint32_t bits = uint32_t(from->bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-template <> inline Float16 load<Float16, BFloat16>(const BFloat16* from) {
-    Half16 half;
-    std::memcpy(&half, from, sizeof(half));
-    const Bits16 bits = __builtin_convertvector(half, Bits16) << 16;
-    Float16 v;
-    std::memcpy(&v, &bits, sizeof(v));
-    return v;
-}
-template <typename T, typename V> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof(V)); }
-
-inline float narrow(float value, float*) { return value; }
-inline double narrow(double value, double*) { return value; }
-inline BFloat16 narrow(float value, BFloat16*) {  // to nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return BFloat16{uint16_t(nan ? 0x7fc0u : rounded)};
-}
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 inline float widen(BFloat16 value) { return load<float, BFloat16>(&value); }
@@ -319,44 +270,7 @@ void read_cells(const Problem& p, int64_t roi, int64_t channel, int64_t block, c
     }
 }
 
-// ---- Memory, threads and the order of work.
-
-// Ask for large pages for memory that is about to be written for the first time: in pages of 4 KiB, being given the
-// memory of a result of 50 MB takes about half as long as computing it. Only a hint; nothing depends on it.
-inline void advise(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = uintptr_t(1) << 21;
-    const uintptr_t begin = (uintptr_t(memory) + page - 1) / page * page;
-    const uintptr_t end = (uintptr_t(memory) + bytes) / page * page;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
-// Call work() in `count` threads and wait for all; the first exception of any is thrown here.
-template <typename Work> void in_threads(int64_t count, const Work& work) {
-    std::atomic<bool> failed{false};
-    std::exception_ptr error;
-    auto run = [&] {
-        try {
-            work();
-        } catch (...) {
-            if (!failed.exchange(true)) error = std::current_exception();
-        }
-    };
-    std::vector<std::thread> threads;
-    for (int64_t i = 1; i < count; ++i) {
-        try {
-            threads.emplace_back(run);
-        } catch (...) {
-            break;  // no thread to be had: those that run share out all of the work
-        }
-    }
-    run();
-    for (auto& thread : threads) thread.join();
-    if (failed) std::rethrow_exception(error);
-}
+// ---- The order of work.
 
 // RoIs by image, level, band of 32 rows and left edge: neighbours in this order read the same part of a map.
 template <typename T> std::vector<int64_t> local_order(const Problem& p) {
@@ -486,15 +400,6 @@ template <typename T, typename Map> void unpool(const Problem& p, const Map* poo
             }
         }
     });
-}
-
-template <typename Call> int64_t guarded(const Call& call) {
-    try {
-        call();
-        return 0;
-    } catch (...) {
-        return 1;
-    }
 }
 
 }  // namespace

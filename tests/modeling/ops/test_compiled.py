@@ -1,6 +1,7 @@
-"""Building, caching and failing to build the compiled library. Its results: test_roi_align.py."""
+"""Building, caching and failing to build compiled libraries. Their results: test_roi_align.py, test_winograd.py."""
 
 import ctypes
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -10,16 +11,17 @@ import time
 import pytest
 import torch
 
-from fpn_d2.modeling.ops import compiled_roi_align as compiled
+from fpn_d2.modeling.ops import compiled as builder
+from fpn_d2.modeling.ops import compiled_roi_align as pooling
 from tests.modeling.ops.reference import SCALES, make_maps, random_rois
 
 
 @pytest.fixture
 def quick_compiler(tmp_path, monkeypatch):
     """A compiler that copies a library built before, and notes each call: building takes seconds."""
-    if compiled.library() is None:
+    if pooling.library() is None:
         pytest.skip("no C++ compiler on this machine: building is NOT tested")
-    built, _ = compiled.build()
+    built, _ = builder.build(pooling.SOURCE)
     script = tmp_path / "cxx"
     script.write_text(
         "#!/bin/sh\n"
@@ -41,29 +43,31 @@ def calls(tmp_path):
 
 def test_built_once_per_source_compiler_and_processor(quick_compiler, tmp_path, monkeypatch):
     cache = tmp_path / "new" / "cache"
-    first, built = compiled.build(cache)
+    first, built = builder.build(pooling.SOURCE, cache)
     assert built and first.parent == cache and ctypes.CDLL(str(first)).pool_float32
-    assert compiled.build(cache) == (first, False)
+    assert builder.build(pooling.SOURCE, cache) == (first, False)
     assert calls(tmp_path) == 1
     assert [path.name for path in cache.iterdir()] == [first.name]  # nothing left over
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     paths = {first}
     (tmp_path / "version").write_text("1.1")
-    paths.add(compiled.build(cache)[0])
-    monkeypatch.setattr(compiled, "_processor", lambda: "flags: another")
-    paths.add(compiled.build(cache)[0])
-    source = tmp_path / "changed.cpp"
-    source.write_text(compiled.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(compiled, "SOURCE", source)
-    paths.add(compiled.build(cache)[0])
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-g"))
-    paths.add(compiled.build(cache)[0])
-    assert len(paths) == 5 == calls(tmp_path)
+    paths.add(builder.build(pooling.SOURCE, cache)[0])
+    monkeypatch.setattr(builder, "_processor", lambda: "flags: another")
+    paths.add(builder.build(pooling.SOURCE, cache)[0])
+    source = dataclasses.replace(pooling.SOURCE, flags=(*pooling.SOURCE.flags, "-g"))
+    paths.add(builder.build(source, cache)[0])
+    folder = tmp_path / "changed"
+    shutil.copytree(source.path.parent, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name in (source.path.name, "cpu_kernels.h"):
+        with open(folder / name, "a") as file:
+            file.write("\n")
+        paths.add(builder.build(dataclasses.replace(source, path=folder / source.path.name), cache)[0])
+    assert len(paths) == 6 == calls(tmp_path)
 
 
 def _build(cache, at, queue):
     time.sleep(max(0.0, at - time.time()))
-    path, _ = compiled.build(cache)
+    path, _ = builder.build(pooling.SOURCE, cache)
     queue.put(str(path) if hasattr(ctypes.CDLL(str(path)), "unpool_float32") else "broken")
 
 
@@ -82,7 +86,7 @@ def test_processes_that_build_at_the_same_time(quick_compiler, tmp_path):
 def test_cache_that_cannot_be_written(quick_compiler, tmp_path):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, not a folder")
-    path, built = compiled.build(blocked)
+    path, built = builder.build(pooling.SOURCE, blocked)
     try:
         assert built and ctypes.CDLL(str(path)).pool_float32
         assert path.parent != tmp_path and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -105,43 +109,52 @@ def test_broken_compilers_are_told_of_once_and_stop_nothing(script, message, tmp
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "cache"))
-    compiled.library.cache_clear()
+    pooling.library.cache_clear()
     try:
-        assert compiled.library() is None and compiled.library() is None
+        assert pooling.library() is None and pooling.library() is None
     finally:
-        compiled.library.cache_clear()
+        pooling.library.cache_clear()
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("Pooling runs in pure torch, not compiled: ") and message in line and "\n" not in line
 
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "a"))
-    assert compiled.default_cache() == tmp_path / "a"
+    assert builder.default_cache() == tmp_path / "a"
     monkeypatch.delenv("FPN_D2_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert compiled.default_cache() == tmp_path / "b" / "fpn_d2"
+    assert builder.default_cache() == tmp_path / "b" / "fpn_d2"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert compiled.default_cache() == tmp_path / "c" / ".cache" / "fpn_d2"
+    assert builder.default_cache() == tmp_path / "c" / ".cache" / "fpn_d2"
 
 
 def test_without_tuning_for_this_processor(tmp_path, monkeypatch):
     """The baseline of every x86-64, without fused operations and wide vectors, gives the same within rounding."""
-    if compiled.library() is None:
+    if pooling.library() is None:
         pytest.skip("no C++ compiler on this machine: the compiled pooling is NOT tested")
     wrapper = tmp_path / "cxx"
-    real = compiled.find_compiler()
+    real = builder.find_compiler()
     wrapper.write_text(
         f'#!/bin/sh\nfor word; do [ "$word" = -march=native ] && {{ echo unknown >&2; exit 1; }}; done\n{real} "$@"\n'
     )
     wrapper.chmod(0o755)
     arguments = (make_maps(channels=83, dtype=torch.float32), *random_rois(40), SCALES, (4, 3), 0, True)
-    expected = compiled.compiled_roi_align(*arguments)
+    expected = pooling.compiled_roi_align(*arguments)
     monkeypatch.setenv("CXX", str(wrapper))
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "cache"))
-    compiled.library.cache_clear()
+    pooling.library.cache_clear()
     try:
-        assert compiled.library() is not None and len(os.listdir(tmp_path / "cache")) == 1
-        torch.testing.assert_close(compiled.compiled_roi_align(*arguments), expected, rtol=1e-5, atol=1e-5)
+        assert pooling.library() is not None and len(os.listdir(tmp_path / "cache")) == 1
+        torch.testing.assert_close(pooling.compiled_roi_align(*arguments), expected, rtol=1e-5, atol=1e-5)
     finally:
-        compiled.library.cache_clear()
+        pooling.library.cache_clear()
+
+
+def test_threads_are_those_of_torchs_openmp():
+    """A second OpenMP runtime, or threads beside it, would compete with torch's for the cores."""
+    if "OpenMP" not in torch.__config__.parallel_info() or not os.path.exists("/proc/self/maps"):
+        pytest.skip("this torch has no OpenMP, or this is no Linux: shared threads are NOT tested")
+    assert builder._openmp() is not None
+    maps = open("/proc/self/maps").read()
+    assert len({line.split()[-1] for line in maps.splitlines() if "/libgomp" in line or "/libiomp5" in line}) == 1

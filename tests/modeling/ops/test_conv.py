@@ -8,7 +8,7 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
-from fpn_d2.modeling.ops.folded_conv import FoldedConv2d, fold_frozen_norms, fuse_norms
+from fpn_d2.modeling.ops.conv import FastConv2d, fuse_norms, use_fast_convolutions
 
 
 def conv(norm="FrozenBN", bias=False, activation=None, dtype=torch.float64):
@@ -25,8 +25,8 @@ def conv(norm="FrozenBN", bias=False, activation=None, dtype=torch.float64):
 @pytest.mark.parametrize("activation", [None, nn.ReLU()])
 def test_equals_convolution_then_norm_with_gradients(bias, activation):
     net = nn.Sequential(conv(bias=bias, activation=activation))
-    folded = fold_frozen_norms(copy.deepcopy(net))
-    assert type(folded[0]) is FoldedConv2d and type(net[0]) is Conv2d
+    folded = use_fast_convolutions(copy.deepcopy(net))
+    assert type(folded[0]) is FastConv2d and type(net[0]) is Conv2d
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
     results = []
     for module in (net, folded):
@@ -40,9 +40,9 @@ def test_equals_convolution_then_norm_with_gradients(bias, activation):
 
 def test_names_weights_and_training_of_the_weights_stay():
     net = nn.Sequential(conv(), nn.Sequential(conv("BN"), conv("")))
-    folded = fold_frozen_norms(copy.deepcopy(net))
+    folded = use_fast_convolutions(copy.deepcopy(net))
     assert list(folded.state_dict()) == list(net.state_dict())
-    assert [type(module) for module in folded[1]] == [Conv2d, Conv2d]
+    assert [type(module) for module in folded[1]] == [FastConv2d, FastConv2d]
     with torch.no_grad():
         folded[0].weight.mul_(2)  # what is folded follows the weights
     x = torch.randn(1, 5, 8, 8, dtype=torch.float64)

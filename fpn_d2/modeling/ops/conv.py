@@ -1,0 +1,108 @@
+"""Detectron2's convolution with the frozen normalisation folded in and 3x3 kernels by minimal filtering."""
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import Tensor, nn
+
+from . import winograd
+
+
+class FastConv2d(Conv2d):
+    """Detectron2's ``Conv2d``, within float rounding.
+
+    A frozen batch normalisation scales the weights rather than the output, anew in each call: the weights may be
+    training. 3x3 kernels run through :mod:`.winograd` where that is faster. Parameters, the norm and their names stay,
+    so that state dicts are those of ``Conv2d``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        frozen = isinstance(self.norm, FrozenBatchNorm2d)
+        # Without gradients the norm is one operation, and on a GPU a cheaper one than folding.
+        if x.is_cuda and (not frozen or not torch.is_grad_enabled()):
+            return super().forward(x)
+        relu = isinstance(self.activation, nn.ReLU) and (frozen or self.norm is None)
+        x = self._convolved(x, frozen, relu)
+        if self.norm is not None and not frozen:
+            x = self.norm(x)
+        return x if self.activation is None or relu else self.activation(x)
+
+    def _convolved(self, x: Tensor, frozen: bool, relu: bool) -> Tensor:
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or not winograd.pays(x, self.weight, self.bias):
+            weight, bias = folded_weights(self) if frozen else (self.weight, self.bias)
+            x = nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            return x.relu_() if relu else x
+        if not torch.is_grad_enabled():
+            norm = (*self.norm.parameters(), *self.norm.buffers()) if frozen else ()
+            own = [tensor for tensor in (self.weight, self.bias, *norm) if tensor is not None]
+            packed, bias = self._packed.get(own, lambda: folded_weights(self) if frozen else (self.weight, self.bias))
+            return winograd.convolve(x, packed, bias, relu)
+        weight, bias = folded_weights(self) if frozen else (self.weight, self.bias)
+        x = winograd.conv3x3(x, weight, bias)
+        return x.relu() if relu else x
+
+    def train(self, mode: bool = True) -> "FastConv2d":
+        """Switch between training and evaluation; transformed weights that were kept are dropped."""
+        self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "FastConv2d":
+        self._packed.clear()
+        return super()._apply(*args, **kwargs)
+
+
+def use_fast_convolutions(module: nn.Module) -> nn.Module:
+    """Replace, in place, each convolution in ``module``, Detectron2's and PyTorch's; parameters and names stay."""
+    for name, child in list(module.named_children()):
+        if type(child) is Conv2d or (type(child) is nn.Conv2d and child.padding_mode == "zeros"):
+            fast = FastConv2d.__new__(FastConv2d)
+            fast.__dict__ = child.__dict__
+            if type(child) is nn.Conv2d:
+                fast.norm = fast.activation = None
+            fast._packed = winograd.PackedWeights()
+            setattr(module, name, fast)
+        else:
+            use_fast_convolutions(child)
+    return module
+
+
+def folded_weights(conv: Conv2d) -> tuple[Tensor, Tensor]:
+    """The weight and bias with which ``conv`` alone computes ``conv.norm(conv(x))``.
+
+    Args:
+        conv: its ``norm`` is frozen, or a batch normalisation with running statistics in evaluation mode.
+    """
+    norm = conv.norm
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:  # batch normalisation without affine parameters has none
+        scale = scale * norm.weight
+    bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    return conv.weight * scale[:, None, None, None], bias
+
+
+@torch.no_grad()
+def fuse_norms(module: nn.Module) -> int:
+    """Fold, in place and for good, every frozen or running normalisation into the convolution before it.
+
+    For inference only: the norms are gone, and with them the names that checkpoints use.
+
+    Returns:
+        The number of norms that were folded.
+    """
+    fused = 0
+    for child in module.modules():
+        norm = getattr(child, "norm", None)
+        running = isinstance(norm, FrozenBatchNorm2d) or (
+            isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+        )
+        if isinstance(child, Conv2d) and running:
+            weight, bias = folded_weights(child)
+            child.weight = nn.Parameter(weight, requires_grad=False)
+            child.bias = nn.Parameter(bias, requires_grad=False)
+            child.norm = None
+            fused += 1
+    return fused
