@@ -23,6 +23,10 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.MODEL.FPN = CfgNode()
     # Bottom-up pathway: a name in Detectron2's BACKBONE_REGISTRY whose maps include MODEL.FPN.IN_FEATURES.
     new.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
+    new.MODEL.BACKBONE = CfgNode()
+    # Recompute the maps inside each stage of the bottom-up pathway in the backward pass: less memory, more time. Batch
+    # norms that train then see each batch twice. For ResNets, RegNets and what comes from timm.
+    new.MODEL.BACKBONE.GRADIENT_CHECKPOINTING = False
     # Neck: a name in fpn_d2's NECK_REGISTRY. "FPN" (Lin et al., CVPR 2017), "PAFPN" (FPN and a second bottom-up path,
     # Liu et al., CVPR 2018), "BiFPN" (weighted fusion in both directions, repeated, Tan et al., CVPR 2020), "NASFPN"
     # (the graph that a search found, for five levels, repeated, Ghiasi et al., CVPR 2019).
@@ -74,8 +78,6 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # Rate of stochastic depth in the last block, in [0, 1); the model's blocks before it have less. 0: timm's own
     # for the model, which is 0.1 for Swin and 0 for most.
     new.MODEL.TIMM.DROP_PATH = 0.0
-    # Recompute maps in the backward pass: less memory, more time. Batch norms that train then see each batch twice.
-    new.MODEL.TIMM.GRADIENT_CHECKPOINTING = False
     # More arguments of timm.create_model, each [name, value], e.g. [["img_size", 512]].
     new.MODEL.TIMM.OPTIONS = []
     new.MODEL.VIT = CfgNode()
@@ -139,8 +141,9 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE = []
 
     # ---- Numerics ---------------------------------------------------------------------------------------------
-    # "fast": faster operations, whose results differ from Detectron2's by float32 rounding (1e-5 relative); "exact":
-    # Detectron2's own operations, the same bits on a CPU. Neither lowers the precision.
+    # "fast": faster operations, whose results differ from Detectron2's by float32 rounding (1e-5 relative), and images
+    # to train on that, where enlarged, differ by at most one grey level; "exact": Detectron2's own operations, the same
+    # bits on a CPU. Neither lowers the precision.
     new.MODEL.NUMERICS = "fast"
 
     # ---- Weights ----------------------------------------------------------------------------------------------

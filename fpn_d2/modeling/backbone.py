@@ -7,6 +7,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from .bottom_up.checkpointing import checkpoint_stages
+from .bottom_up.timm_backbone import TimmBackbone
+from .bottom_up.vit import ViTBackbone
 from .necks import Neck, build_neck
 from .numerics import is_fast, speed_up
 
@@ -98,6 +101,8 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
         known = ", ".join(sorted(key for key, _ in BACKBONE_REGISTRY if key != "build_fpn_backbone"))
         raise ValueError(f"MODEL.FPN.BOTTOM_UP is {name!r}; expected a registered bottom-up pathway: {known}")
     bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+    if cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING and not isinstance(bottom_up, TimmBackbone | ViTBackbone):
+        checkpoint_stages(bottom_up)  # those of timm do it themselves
     _warn_of_unused(cfg, bottom_up)
     backbone = PyramidBackbone(bottom_up, build_neck(cfg, bottom_up.output_shape()))
     return speed_up(backbone, cfg.MODEL.DEVICE) if is_fast(cfg) else backbone

@@ -146,7 +146,7 @@ def test_builder_reads_every_key():
     backbone = from_config(
         *["MODEL.TIMM.OUT_FEATURES", ["res3", "res5"], "MODEL.TIMM.NORM", "FrozenBN", "MODEL.TIMM.DROP_PATH", 0.2],
         *["MODEL.TIMM.OPTIONS", [["stem_width", 16], ["stem_type", "deep"]], "MODEL.BACKBONE.FREEZE_AT", 2],
-        *["MODEL.TIMM.GRADIENT_CHECKPOINTING", True],
+        *["MODEL.BACKBONE.GRADIENT_CHECKPOINTING", True],
     )
     assert list(backbone.output_shape()) == ["res3", "res5"]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())

@@ -179,7 +179,7 @@ def test_builder_reads_every_key():
     cfg.MODEL.TIMM.NAME = "vit_tiny_patch16_224"
     cfg.MODEL.TIMM.OPTIONS = [[key, value] for key, value in SMALL.items()]
     cfg.MODEL.TIMM.DROP_PATH = 0.3
-    cfg.MODEL.TIMM.GRADIENT_CHECKPOINTING = True
+    cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING = True
     cfg.MODEL.VIT.OUT_BLOCKS = [1, 2, 3, 4]
     backbone = BACKBONE_REGISTRY.get("build_vit_backbone")(cfg, ShapeSpec(channels=3))
     assert list(backbone.output_shape()) == ["res2", "res3", "res4", "res5"]

@@ -261,14 +261,14 @@ def turn_on_checkpointing(model: nn.Module, name: str) -> None:
     if reentrant is None or reentrant():
         # Of that kind, nothing behind a frozen part gets a gradient.
         raise ValueError(
-            "MODEL.TIMM.GRADIENT_CHECKPOINTING needs a timm that checkpoints without re-entering autograd: install a "
-            "newer one, or set the key to False"
+            "MODEL.BACKBONE.GRADIENT_CHECKPOINTING needs a timm that checkpoints without re-entering autograd: install "
+            "a newer one, or set the key to False"
         )
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
         raise ValueError(
-            f"timm's {name} cannot do MODEL.TIMM.GRADIENT_CHECKPOINTING ({error}); set it to False"
+            f"timm's {name} cannot do MODEL.BACKBONE.GRADIENT_CHECKPOINTING ({error}); set it to False"
         ) from None
 
 

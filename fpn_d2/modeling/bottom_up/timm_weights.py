@@ -166,7 +166,7 @@ def timm_arguments(cfg: CfgNode) -> dict:
         "weights": keys.WEIGHTS,
         "options": pairs_to_options(keys.OPTIONS, "MODEL.TIMM.OPTIONS"),
         "drop_path": keys.DROP_PATH,
-        "gradient_checkpointing": keys.GRADIENT_CHECKPOINTING,
+        "gradient_checkpointing": cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING,
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
     }
 

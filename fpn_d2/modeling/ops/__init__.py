@@ -1,5 +1,12 @@
 """Fast operations behind plain functions. They take tensors, and know nothing of models or configurations.
 
+C++ sources are compiled at first use and kept (compiled.py). Where there is no compiler, PyTorch does the work.
+
+    roi_align.py   multi-level RoIAlign, below
+    winograd.py    3x3 convolution with a quarter of the products, CPU; conv.py holds the layer that uses it
+    nms.py         non-maximum suppression, CPU
+    linear.py      fully connected layers through oneDNN, CPU
+
 :func:`pyramid_roi_align` pools each RoI from its own level of a pyramid. Implementations:
 
     "compiled"     C++, CPU; built at first use where there is a compiler, then cached (compiled_roi_align.py)

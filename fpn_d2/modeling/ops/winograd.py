@@ -105,10 +105,10 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         weight: (C', C, 3, 3).
         bias: (C',) or None.
     """
-    if _is_watched():
+    if is_watched():
         return False
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    autocast = _autocast_dtype()
+    autocast = autocast_dtype("cpu")
     tiles = x.shape[0] * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4) if x.dim() == 4 else 0
     return (
         x.device.type == weight.device.type == "cpu"
@@ -136,7 +136,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether someone follows the operations, and has to see a convolution: a trace, an export, a count of FLOPs."""
     compiler = getattr(torch, "compiler", None)  # before torch 2.1 there is none
     if torch.jit.is_tracing() or (hasattr(compiler, "is_compiling") and compiler.is_compiling()):
@@ -147,15 +147,17 @@ def _is_watched() -> bool:
     return (depth is not None and depth() > 0) or level is not None
 
 
-def _autocast_dtype() -> torch.dtype | None:
-    """The type that autocast asks of convolutions on CPUs; None where it is off."""
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast asks of convolutions on this kind of device; None where it is off."""
     try:
-        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     except (AttributeError, TypeError):  # before torch 2.4
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+        if device == "cpu":
+            return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.conv2d(x, weight, bias, padding=1)``, within float rounding, by minimal filtering.
 
     Maps in bfloat16 are summed in float32. Where an input is infinite or NaN, so are outputs, or they are NaN; outputs
@@ -165,13 +167,14 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x: (N, C, H, W) for which :func:`pays` holds.
         weight: (C', C, 3, 3).
         bias: (C',) or None.
+        scale: (C',) factors of the weights, without a gradient; None: 1. The product is not kept for the backward pass.
 
     Returns:
         (N, C', H, W), channels-last, of x's type, or autocast's.
     """
-    if (dtype := _autocast_dtype()) is not None:
+    if (dtype := autocast_dtype("cpu")) is not None:
         x = x.to(dtype)  # the weights stay as they are: they are transformed in float32 anyway
-    return _Convolution.apply(x, weight, bias)
+    return _Convolution.apply(x, weight, bias, scale)
 
 
 def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -183,7 +186,7 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tens
         bias: as there.
         relu: whether negative outputs become 0.
     """
-    if (dtype := _autocast_dtype()) is not None:
+    if (dtype := autocast_dtype("cpu")) is not None:
         x = x.to(dtype)
     return _convolve(x, packed.numel() // (36 * x.shape[1]), bias, relu=relu, packed=packed)
 
@@ -201,25 +204,30 @@ def pack(weight: Tensor) -> Tensor:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, scale):
+        ctx.save_for_backward(x, weight, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _convolve(x, weight.shape[0], bias, weight)
+        return _convolve(x, weight.shape[0], bias, scaled(weight, scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        x, weight, scale = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         gradient = gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
         of_x = of_weight = of_bias = None
         if wants_x:  # the same convolution with the kernels turned round, from out to in
-            of_x = _convolve(gradient, weight.shape[1], None, weight.flip(2, 3).transpose(0, 1))
+            of_x = _convolve(gradient, weight.shape[1], None, scaled(weight, scale).flip(2, 3).transpose(0, 1))
         if wants_weight:
-            of_weight = _weight_gradient(x, gradient).to(weight.dtype)
+            of_weight = scaled(_weight_gradient(x, gradient), scale).to(weight.dtype)
         if wants_bias:
             of_bias = gradient.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
-        return of_x, of_weight, of_bias
+        return of_x, of_weight, of_bias, None
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Weights (C', ...) times ``scale`` (C',), where there is one."""
+    return weight if scale is None else weight * scale[:, None, None, None].to(weight.dtype)
 
 
 def _convolve(
