@@ -5,15 +5,17 @@ VENV ?= .venv
 WORKERS ?= 2
 SEED ?= 1
 QUICKSTART = output/quickstart
+BENCHMARKS = output/benchmarks
 
 BIN = "$(VENV)/bin"
 # One thread per worker: two workers with all threads each get in each other's way.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
 
-.PHONY: help setup quickstart test test-all lint clean
+.PHONY: help setup quickstart benchmarks test test-all lint clean
 
 help:
 	@echo "make quickstart  make synthetic scenes, train a small detector on them, evaluate it, draw its detections"
+	@echo "make benchmarks  measure every part beside Detectron2's own, write the table of docs/benchmarks.md"
 	@echo "make test        the tests, without the slow ones"
 	@echo "make test-all    the tests, all of them"
 	@echo "make lint        check the code's style"
@@ -33,6 +35,11 @@ quickstart: setup
 	@$(BIN)/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 \
 		--max-objects 10 --own-colour 1.0 --seed $(SEED) --overwrite
 	@$(BIN)/python train_net.py --config-file configs/quick_schedules/quickstart.yaml OUTPUT_DIR $(QUICKSTART) SEED $(SEED)
+
+# Rows that are there from the same code, versions and settings are kept: what was stopped goes on where it was.
+benchmarks: setup
+	@$(BIN)/fpn-d2 benchmark --output $(BENCHMARKS)
+	@$(BIN)/python docs/generate.py --benchmarks $(BENCHMARKS)
 
 test: setup
 	@$(PYTEST) -m "not slow"

@@ -2,6 +2,7 @@
 
     python docs/generate.py
     python docs/generate.py --models    the table of models too, which takes half a minute
+    python docs/generate.py --benchmarks output/benchmarks    the table of what fpn-d2 benchmark measured there too
 
 Each part stands between two comments in its document; the rest of the document is written by hand.
 """
@@ -103,8 +104,22 @@ def model_table() -> str:
     return show(list_components(MODEL_SIZE, progress=None), MODEL_SIZE, "markdown")
 
 
-def generate(models: bool = False) -> dict[Path, str]:
-    """Return the new text of every document that holds a generated part, that of models only if asked for."""
+def benchmark_table(folder: str) -> str:
+    """Make the table of what ``fpn-d2 benchmark`` has measured in ``folder``."""
+    from fpn_d2.analysis.benchmark_rows import ROWS
+    from fpn_d2.analysis.benchmark_table import show_table
+    from fpn_d2.analysis.benchmarks import read_results
+
+    return show_table(read_results(folder), ROWS)
+
+
+def generate(models: bool = False, benchmarks: str | None = None) -> dict[Path, str]:
+    """Return the new text of every document that holds a generated part.
+
+    Args:
+        models: the table of models too.
+        benchmarks: the folder with what was measured, for the table of benchmarks; None: without it.
+    """
     from detectron2.config import CfgNode
 
     from fpn_d2.config import add_fpn_d2_config
@@ -115,6 +130,8 @@ def generate(models: bool = False) -> dict[Path, str]:
     parts = [(ROOT / "docs" / "configuration.md", "keys", keys), (ROOT / "README.md", "configs", config_table())]
     if models:
         parts.append((ROOT / "docs" / "models.md", "models", model_table()))
+    if benchmarks is not None:
+        parts.append((ROOT / "docs" / "benchmarks.md", "speed", benchmark_table(benchmarks)))
     return {path: replace_part(path.read_text(), name, part) for path, name, part in parts}
 
 
@@ -122,7 +139,9 @@ def main() -> int:
     """Write the documents that have changed and name them."""
     parser = argparse.ArgumentParser(description="Write the parts of the documents that follow from the code.")
     parser.add_argument("--models", action="store_true", help="the table of models too, which takes half a minute")
-    for path, text in generate(parser.parse_args().models).items():
+    parser.add_argument("--benchmarks", metavar="DIR", help="the table of benchmarks too, from what is in this folder")
+    args = parser.parse_args()
+    for path, text in generate(args.models, args.benchmarks).items():
         if path.read_text() != text:
             path.write_text(text)
             print(f"wrote {path.relative_to(ROOT)}")

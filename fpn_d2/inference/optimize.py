@@ -8,8 +8,10 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import RPN
 from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import nn
 
+from fpn_d2.modeling.box_predictor import FPNBoxPredictor
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner
 from fpn_d2.modeling.ops.conv import fuse_norms, use_fast_convolutions
 from fpn_d2.modeling.ops.linear import use_onednn
@@ -22,10 +24,11 @@ DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a copy of ``model`` that runs faster; ``model`` itself stays as it is.
 
-    Normalisations are folded into their convolutions, maps are kept channels-last, 3x3 convolutions take fewer products,
-    fully connected layers run through oneDNN, the RPN decodes only the anchors that it keeps, and RoIs are pooled by
-    this package's operation. In float32 the detections are the same within float rounding. On a CPU the weights of 3x3
-    convolutions are kept in a second form of four times their size; ``FPN_D2_CONV=direct`` in the environment saves it.
+    Normalisations are folded into their convolutions, maps are kept channels-last, 3x3 convolutions take fewer
+    products, fully connected layers run through oneDNN, the RPN decodes only the anchors that it keeps, and RoIs are
+    pooled by this package's operation. In float32 the detections are the same within float rounding. On a CPU the
+    weights of 3x3 convolutions are kept in a second form of four times their size; ``FPN_D2_CONV=direct`` in the
+    environment saves it.
 
     Args:
         model: a ``GeneralizedRCNN`` (or a meta-architecture made from it, as ``PanopticFPN``) or ``RetinaNet`` with a
@@ -56,7 +59,10 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     use_onednn(model)
     _swap(model, RPN, _fast_rpn)
     _swap(model, ROIPooler, _fast_pooler)
+    _swap(model, FastRCNNOutputLayers, FPNBoxPredictor.taking_over)
     for module in model.modules():
+        if isinstance(module, FPNRPN):
+            module.exact = False
         if isinstance(module, PyramidROIPooler) and hasattr(module.level_poolers[0], "aligned"):
             module.exact = False
     model.to(memory_format=torch.channels_last)  # forward alone, a group norm too is fast so

@@ -3,6 +3,7 @@
 from .anchors import TorchvisionAnchorGenerator
 from .backbone import PyramidBackbone, build_fpn_backbone
 from .bottom_up import HybridResNetViT, RegNetBackbone, TimmBackbone, ViTBackbone, expected_preprocessing
+from .box_predictor import FPNBoxPredictor
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
 from .necks import FPN, NASFPN, NECK_REGISTRY, PAFPN, BiFPN, ImagePyramid, Neck, SimpleFeaturePyramid, build_neck
@@ -22,6 +23,7 @@ __all__ = [
     "BiFPN",
     "CanonicalLevelAssigner",
     "CombiningROIPooler",
+    "FPNBoxPredictor",
     "FPNCascadeROIHeads",
     "FPNROIHeads",
     "HybridResNetViT",

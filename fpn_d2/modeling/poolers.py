@@ -16,6 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
@@ -81,7 +82,9 @@ class PyramidROIPooler(ROIPooler):
             (M, out_channels, h, w) in the order of the boxes; out_channels is C, or what the extractor makes of it.
 
         Raises:
-            ValueError: the number of maps or of images does not fit, or a box has a NaN or infinite coordinate.
+            ValueError: the number of maps or of images does not fit, or a box has a NaN or infinite coordinate. Unless
+                ``exact``, coordinates are looked at on a CPU only: a GPU would have to be waited for. There such a box
+                pools NaN.
         """
         if len(x) != len(self.levels):
             raise ValueError(f"got {len(x)} maps to pool from; this pooler was built for levels {self.levels}")
@@ -89,8 +92,9 @@ class PyramidROIPooler(ROIPooler):
             raise ValueError(f"got boxes of {len(box_lists)} images and maps of {x[0].shape[0]} images")
         if len(box_lists) == 0:
             return x[0].new_zeros((0, self._out_channels(x[0].shape[1]), *self.output_size))
-        check_finite(box_lists)
-        return self._extract(x, box_lists, convert_boxes_to_pooler_format(list(box_lists)))
+        if self.exact or x[0].device.type == "cpu":
+            check_finite(box_lists)
+        return self._extract(x, box_lists, _with_image_indices(box_lists))
 
     def _out_channels(self, channels: int) -> int:
         return channels
@@ -157,6 +161,13 @@ class CombiningROIPooler(PyramidROIPooler):
             return pool_level(self.level_poolers[level_index], x[level_index], some)
 
         return self.extractor(pool, box_lists)
+
+
+def _with_image_indices(box_lists: Sequence[Boxes]) -> Tensor:
+    """(M, 5): the index of the image, then the box; Detectron2's function makes the host wait for a GPU."""
+    if torch.jit.is_tracing():  # the number of boxes has to stay open
+        return convert_boxes_to_pooler_format(list(box_lists))
+    return torch.cat([F.pad(boxes.tensor, (1, 0), value=float(i)) for i, boxes in enumerate(box_lists)])
 
 
 def pool_level(pooler: nn.Module, level_map: Tensor, rois: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Detectron2's RoI heads with our poolers; nothing else is changed."""
+"""Detectron2's RoI heads with our poolers and, unless MODEL.NUMERICS is exact, fewer waits for a GPU."""
 
 import math
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -10,15 +10,36 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
     build_box_head,
 )
+from detectron2.structures import Instances
 from torch import nn
 
+from .box_predictor import FPNBoxPredictor
 from .numerics import is_fast
 from .ops.linear import use_onednn
 from .poolers import build_pooler, extracted_channels
+from .sampling import sample_proposals
 
 
 class _PyramidPoolers:
     """Puts our poolers where Detectron2's ``from_config`` put its own, and builds the heads for what they give."""
+
+    @configurable
+    def __init__(self, *, exact: bool = False, **kwargs):
+        """Keep how proposals are sampled.
+
+        Args:
+            exact: sample them by Detectron2's own code, image by image; otherwise all images together, which gives the
+                same and waits for a GPU less often.
+            kwargs: the arguments of Detectron2's heads.
+        """
+        super().__init__(**kwargs)
+        self.exact = exact
+
+    def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
+        """Return the proposals to train with; see Detectron2's ``ROIHeads``."""
+        if self.exact:
+            return super().label_and_sample_proposals(proposals, targets)
+        return sample_proposals(self, proposals, targets)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -45,10 +66,20 @@ class _PyramidPoolers:
                     sampling_ratio=head.POOLER_SAMPLING_RATIO,
                     pooler_type=head.POOLER_TYPE,
                 )
-        for head in ("box_head", "box_heads", "box_predictor", "box_predictors"):
-            for module in _modules(args.get(head)) if is_fast(cfg) else []:
-                use_onednn(module)
+        args["exact"] = not is_fast(cfg)
+        if not args["exact"]:
+            for head in ("box_head", "box_heads", "box_predictor", "box_predictors"):
+                for module in _modules(args.get(head)):
+                    use_onednn(module)
+            for key in {"box_predictor", "box_predictors"} & set(args):
+                args[key] = _with_fewer_waits(args[key])
         return args
+
+
+def _with_fewer_waits(predictors: nn.Module | list) -> nn.Module | list:
+    if isinstance(predictors, list):
+        return [FPNBoxPredictor.taking_over(predictor) for predictor in predictors]
+    return FPNBoxPredictor.taking_over(predictors)
 
 
 def _modules(head: nn.Module | list | None) -> list[nn.Module]:

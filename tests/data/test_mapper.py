@@ -1,10 +1,17 @@
+import copy
+
+import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
-from detectron2.data import DatasetMapper
-from detectron2.structures import BoxMode
+from detectron2.data import DatasetMapper, MapDataset
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode, PolygonMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from fpn_d2.data import TrainingMapper
 from fpn_d2.data.mapper import ColorJitter
@@ -40,29 +47,205 @@ def small_config(tmp_path, **keys):
     return cfg
 
 
-def same(first, second):
-    assert torch.equal(first["image"], second["image"])
+def same(first, second, grey_levels=0):
+    """All fields equal to the bit, images to within ``grey_levels``."""
     assert first.keys() == second.keys()
-    if "instances" in first:
-        assert torch.equal(first["instances"].gt_boxes.tensor, second["instances"].gt_boxes.tensor)
-        assert torch.equal(first["instances"].gt_classes, second["instances"].gt_classes)
-        assert first["instances"].get_fields().keys() == second["instances"].get_fields().keys()
+    assert first["image"].is_contiguous() and first["image"].shape == second["image"].shape
+    assert first["image"].dtype == second["image"].dtype
+    assert (first["image"].double() - second["image"].double()).abs().max() <= grey_levels
+    for name in first.keys() - {"image", "instances", "proposals", "sem_seg"}:
+        assert first[name] == second[name]
+    if "sem_seg" in first:
+        assert torch.equal(first["sem_seg"], second["sem_seg"]) and first["sem_seg"].dtype == second["sem_seg"].dtype
+    for name in first.keys() & {"instances", "proposals"}:
+        assert first[name].image_size == second[name].image_size
+        fields, others = first[name].get_fields(), second[name].get_fields()
+        assert fields.keys() == others.keys()
+        for field, value in fields.items():
+            value, other = (getattr(v, "tensor", v) for v in (value, others[field]))
+            assert type(value) is type(other)
+            if isinstance(value, PolygonMasks):
+                for polygons, expected in zip(value.polygons, other.polygons, strict=True):
+                    assert all(map(np.array_equal, polygons, expected)) and len(polygons) == len(expected)
+            else:
+                assert torch.equal(value, other) and value.dtype == other.dtype
 
 
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("crop", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
-def test_without_our_keys_exactly_detectron2s_mapper(tmp_path, record, is_train, crop, mask):
-    cfg = small_config(tmp_path, INPUT__CROP__ENABLED=crop, MODEL__MASK_ON=mask)
+def test_without_our_keys_detectron2s_mapper(tmp_path, record, numerics, is_train, crop, mask):
+    cfg = small_config(tmp_path, INPUT__CROP__ENABLED=crop, MODEL__MASK_ON=mask, MODEL__NUMERICS=numerics)
     ours, theirs = TrainingMapper(cfg, is_train), DatasetMapper(cfg, is_train)
-    assert isinstance(ours, TrainingMapper)
+    assert isinstance(ours, TrainingMapper) and ours.exact == (numerics == "exact")
     assert ours.recompute_boxes == theirs.recompute_boxes == (is_train and crop and mask)
+    before = copy.deepcopy(record)
     for seed in range(8):
         results = []
         for mapper in (ours, theirs):
             np.random.seed(seed)
             results.append(mapper(record))
-        same(*results)
+        same(*results, grey_levels=int(is_train and not ours.exact))
+    assert record == before
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A JPEG with all that Detectron2's mapper knows: polygons, run lengths, key points, stuff, proposals."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    coarse.resize((80, 60), Image.BICUBIC).save(tmp_path / "photograph.jpg", quality=92)
+    Image.fromarray(rng.integers(0, 5, (60, 80), dtype=np.uint8)).save(tmp_path / "stuff.png")
+    annotations = []
+    for index in range(7):
+        x, y = rng.uniform(0, 50, 2).tolist()
+        w, h = rng.uniform(4, 30, 2).tolist()
+        mask = np.zeros((60, 80), np.uint8, order="F")
+        mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
+        annotations.append(
+            {
+                "bbox": [x, y, w, h],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": index % 3,
+                "segmentation": [[x, y, x + w, y, x + w, y + h], [x, y, x, y + h, x + w, y + h]],
+                "run_lengths": mask_util.encode(mask),
+                "keypoints": np.concatenate([rng.uniform(0, 60, (17, 2)), rng.integers(0, 3, (17, 1))], 1).reshape(-1),
+            }
+        )
+    boxes = rng.uniform(0, 30, (12, 4)).astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    return {
+        "file_name": str(tmp_path / "photograph.jpg"),
+        "image_id": 5,
+        "height": 60,
+        "width": 80,
+        "annotations": annotations,
+        "sem_seg_file_name": str(tmp_path / "stuff.png"),
+        "proposal_boxes": boxes,
+        "proposal_objectness_logits": np.linspace(1, -1, 12),
+        "proposal_bbox_mode": BoxMode.XYXY_ABS,
+    }
+
+
+AUGMENTATIONS = {
+    "none": [],
+    "larger": [T.ResizeShortestEdge((90, 120), 200, "choice"), T.RandomFlip()],
+    "larger, to a range": [
+        T.ResizeShortestEdge((60, 160), 170, "range"),
+        T.RandomFlip(horizontal=False, vertical=True),
+    ],
+    "smaller": [T.ResizeShortestEdge((30, 45), 200, "choice"), T.RandomFlip()],
+    "part": [T.RandomCrop("relative_range", (0.4, 0.4)), T.ResizeShortestEdge(100), T.RandomFlip(), T.RandomFlip()],
+    "flip first": [T.RandomFlip(), T.Resize((101, 133)), T.RandomFlip(horizontal=False, vertical=True)],
+    "large scale": [T.ResizeScale(1.0, 2.0, 100, 120), T.FixedSizeCrop((90, 90))],
+    "turned": [T.RandomRotation([-20, 20]), T.ResizeShortestEdge(100)],
+    "extent": [T.RandomExtent((0.8, 1.2), (0.1, 0.1)), T.RandomFlip()],
+    "colours, then larger": [T.RandomBrightness(0.7, 1.3), T.RandomLighting(9.0), T.ResizeShortestEdge(100)],
+    "sometimes": [T.RandomApply(T.ResizeShortestEdge(100), 0.5), T.RandomApply(T.HFlipTransform(80), 0.0)],
+}
+TASKS = {
+    "boxes": {},
+    "polygons": {"use_instance_mask": True},
+    "tight boxes": {"use_instance_mask": True, "recompute_boxes": True},
+    "bit masks": {"use_instance_mask": True, "instance_mask_format": "bitmask"},
+    "run lengths": {"use_instance_mask": True, "instance_mask_format": "bitmask"},
+    "key points": {"use_keypoint": True, "keypoint_hflip_indices": np.arange(17)[::-1].copy()},
+    "proposals": {"precomputed_proposal_topk": 8},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("augmentations", AUGMENTATIONS)
+def test_every_augmentation_with_every_task(photograph, augmentations, task):
+    for annotation in photograph["annotations"]:
+        run_lengths = annotation.pop("run_lengths")
+        if task == "run lengths":
+            annotation["segmentation"] = run_lengths
+    settings = {"augmentations": AUGMENTATIONS[augmentations], "image_format": "BGR", **TASKS[task]}
+    if task != "proposals":
+        for name in ("proposal_boxes", "proposal_objectness_logits", "proposal_bbox_mode"):
+            del photograph[name]
+    mappers = [TrainingMapper(True, **settings), TrainingMapper(True, exact=True, **settings)]
+    theirs = DatasetMapper(True, **settings)
+    before = copy.deepcopy(photograph)
+    for seed in range(3):
+        results = []
+        for mapper in (theirs, *mappers):
+            np.random.seed(seed)
+            results.append(mapper(photograph))
+            results[-1]["next"] = np.random.rand()  # as many random numbers were drawn
+        same(results[1], results[0], grey_levels=1)
+        same(results[2], results[0])
+    assert str(photograph) == str(before)
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB", "L", "YUV-BT.601"])
+@pytest.mark.parametrize("is_train", [True, False])
+def test_formats(photograph, image_format, is_train):
+    photograph = {name: photograph[name] for name in ("file_name", "height", "width")}
+    settings = {"augmentations": [T.Resize((90, 120)), T.HFlipTransform(120)], "image_format": image_format}
+    ours = TrainingMapper(is_train, **settings)(photograph)
+    same(ours, DatasetMapper(is_train, **settings)(photograph), grey_levels=int(is_train))
+    same(TrainingMapper(is_train, exact=True, **settings)(photograph), DatasetMapper(is_train, **settings)(photograph))
+
+
+def test_what_is_trained_on_is_resized_fast_and_what_is_evaluated_on_is_not(photograph, monkeypatch):
+    calls = []
+    resize = cv2.resize
+    monkeypatch.setattr(cv2, "resize", lambda *args, **kwargs: calls.append(1) or resize(*args, **kwargs))
+    for is_train, expected in ((True, 1), (False, 0)):
+        calls.clear()
+        TrainingMapper(is_train, augmentations=[T.Resize((90, 120))], image_format="BGR")(photograph)
+        assert len(calls) == expected
+
+
+def test_a_subclass_may_transform_annotations_itself(tmp_path, record):
+    class Mine(TrainingMapper):
+        def _transform_annotations(self, dataset_dict, transforms, image_shape):
+            dataset_dict.pop("annotations")[0]["bbox"][0] = 99
+            dataset_dict["mine"] = image_shape
+
+    before = copy.deepcopy(record)
+    result = Mine(small_config(tmp_path), True)(record)
+    assert result["mine"] == tuple(result["image"].shape[1:]) and "instances" not in result
+    assert record == before
+
+
+def test_what_the_model_gets_shares_nothing_with_the_record(photograph):
+    photograph["mine"] = {"list": [1]}
+    result = TrainingMapper(True, augmentations=[], image_format="BGR")(photograph)
+    result["mine"]["list"].append(2)
+    result["instances"].gt_boxes.tensor.zero_()
+    assert photograph["mine"] == {"list": [1]} and any(photograph["annotations"][0]["bbox"])
+
+
+def test_unknown_numerics(tmp_path):
+    with pytest.raises(ValueError, match="MODEL.NUMERICS is 'quick'; expected one of fast, exact"):
+        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS="quick"), True)
+
+
+def test_forked_workers_run_opencv_on_one_thread(tmp_path, record):
+    """Its threads, which have run in the parent here, do not live through a fork."""
+    mapper = TrainingMapper(small_config(tmp_path, INPUT__RANDOM_FLIP="none", INPUT__MIN_SIZE_TRAIN=(600,)), True)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(2)
+    try:
+        cv2.resize(np.zeros((900, 900, 3), np.uint8), (2000, 2000))
+        expected = mapper(record)
+        loader = DataLoader(
+            MapDataset([record] * 4, lambda record: (mapper(record), cv2.getNumThreads())),
+            batch_size=None,
+            num_workers=2,
+            timeout=60,
+            multiprocessing_context="fork",
+        )
+        for result, threads_there in loader:
+            same(result, expected)
+            assert threads_there == 1
+        assert cv2.getNumThreads() == 2
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def test_inference_is_not_augmented(tmp_path, record):
@@ -142,14 +325,16 @@ def test_colour_jitter_out_of_range(tmp_path, strength):
         TrainingMapper(small_config(tmp_path, INPUT__COLOR_JITTER=strength), True)
 
 
-def test_missing_image(tmp_path, record):
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_missing_image(tmp_path, record, numerics):
     (tmp_path / "a.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"Image .*a.png \(image id 5\): the file does not exist"):
-        TrainingMapper(small_config(tmp_path), True)(record)
+        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record)
 
 
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
 @pytest.mark.parametrize("kind", ["text", "empty", "png", "jpg"])
-def test_broken_image(tmp_path, record, kind):
+def test_broken_image(tmp_path, record, kind, numerics):
     record["file_name"] = str(tmp_path / f"broken.{kind}")
     if kind in ("png", "jpg"):  # cut off in the middle
         write_image(tmp_path / f"whole.{kind}")
@@ -159,10 +344,11 @@ def test_broken_image(tmp_path, record, kind):
         content = b"no image" if kind == "text" else b""
     (tmp_path / f"broken.{kind}").write_bytes(content)
     with pytest.raises(ValueError, match=rf"broken.{kind} \(image id 5\): the file cannot be read as an image"):
-        TrainingMapper(small_config(tmp_path), True)(record)
+        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record)
 
 
-def test_image_of_another_size_than_the_record_says(tmp_path, record):
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_image_of_another_size_than_the_record_says(tmp_path, record, numerics):
     record["width"] += 1
     with pytest.raises(ValueError, match=r"image id 5\): Mismatched image shape.*\(40, 30\).*\(41, 30\)"):
-        TrainingMapper(small_config(tmp_path), True)(record)
+        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record)

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator
 
 from fpn_d2.engine import Trainer, UserError, build_evaluator
@@ -28,6 +28,16 @@ def test_the_training_loader_uses_our_mapper(tmp_path, scenes, monkeypatch):
     batch = next(iter(Trainer.build_train_loader(cfg)))
     assert asked == [(cfg, True)]
     assert all("images/train" in image["seen"] for image in batch)
+
+
+def test_evaluation_reads_by_our_mapper_the_pixels_of_detectron2s(tmp_path, scenes, monkeypatch):
+    sizes = ["INPUT.MIN_SIZE_TEST", 150, "INPUT.MAX_SIZE_TEST", 400]  # larger than the scenes
+    cfg = small_config(tmp_path, scenes, *sizes)
+    assert cfg.MODEL.NUMERICS == "fast"
+    expected = list(build_detection_test_loader(cfg, TEST))
+    monkeypatch.setattr(DatasetMapper, "__call__", None)
+    for ours, theirs in zip(Trainer.build_test_loader(cfg, TEST), expected, strict=True):
+        assert torch.equal(ours[0]["image"], theirs[0]["image"]) and ours[0].keys() == theirs[0].keys()
 
 
 def test_a_resumed_training_goes_on_with_the_optimizer(tmp_path, scenes):

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
-from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torchvision.ops import roi_align
 
 from fpn_d2.modeling import CanonicalLevelAssigner, PyramidROIPooler
+from fpn_d2.modeling.poolers import _with_image_indices
 from tests.batches import random_boxes
+from tests.modeling.host_waits import DeviceTensor, back, counting
 
 # The exact path against the loop: the same operation, the same bits. The fast one: float32 rounding.
 PATHS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -186,3 +188,29 @@ def test_construction_refuses(arguments):
 def test_unknown_pooler_type():
     with pytest.raises(ValueError, match="Unknown pooler type"):
         PyramidROIPooler(7, [1 / 4], 0, "ROIWarp")
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4, 0), (0,), (1,)])
+def test_image_indices_are_detectron2s_and_wait_for_nothing(counts):
+    lists = box_lists(counts)
+    expected = convert_boxes_to_pooler_format(lists)
+    with counting() as host:
+        actual = _with_image_indices([Boxes(DeviceTensor(boxes.tensor)) for boxes in lists])
+    for rois in (back(actual), _with_image_indices(lists)):
+        assert rois.dtype == expected.dtype and torch.equal(rois, expected)
+    assert host.waits.total() == host.uploads.total() == 0
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_gpu_is_not_asked_whether_boxes_are_finite_unless_exact(exact):
+    x, lists = maps(), box_lists()
+    lists[1].tensor[1, 0] = math.nan
+    pooler = PyramidROIPooler(4, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 2, "ROIAlignV2", exact=exact)
+    with counting():
+        x = [DeviceTensor(level) for level in x]
+        lists = [Boxes(DeviceTensor(boxes.tensor)) for boxes in lists]
+        if exact:
+            with pytest.raises(ValueError, match="of image 1 in the batch: row 1"):
+                pooler(x, lists)
+        else:
+            assert pooler(x, lists).shape == (50, 3, 4, 4)
