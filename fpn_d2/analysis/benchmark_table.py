@@ -21,7 +21,7 @@ def show_table(results: Mapping[str, dict], rows: Mapping[str, Row] | None = Non
     for unit, head in _HEADS.items():
         own = {name: row for name, row in rows.items() if row.unit == unit}
         if own:
-            columns = ["what", "ours", head, "Detectron2", "ours", "difference, and what was worked on", "command"]
+            columns = ["what", "ours", head, "difference, and what was worked on", "command"]
             lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
             lines += [line for row in own.values() for line in _lines(row, results.get(row.name))]
             parts.append("\n".join(lines))
@@ -54,7 +54,7 @@ def _lines(row: Row, result: dict | None) -> list[str]:
     if result is None or "failed" in result:
         why = "not run yet" if result is None else f"not measured: {_cell(result['failed'])}"
         what = row.what if result is None else result["what"]
-        return [_line(what, "", why, "", "", "", command)]
+        return [_line(what, "", why, "", command)]
     return [_result(result["what"], one, command) for one in result["lines"]]
 
 
@@ -63,18 +63,11 @@ def _result(what: str, one: Mapping[str, object], command: str) -> str:
     if against != "Detectron2":
         what = f"{what}, against {against}"
     if "not_measured" in one:
-        return _line(what, one["ours"], f"not measured: {_cell(one['not_measured'])}", "", "", "", command)
-    ratio, unit = one["ratio"], one["unit"]
+        return _line(what, one["ours"], f"not measured: {_cell(one['not_measured'])}", "", command)
+    ratio = one["ratio"]
     spread = f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f}; {ratio['n']})"
     remarks = [show_checks([Check(**check) for check in one["checks"]]), one["note"]]
-    theirs, own = (_amount(one[side]["median"], unit) for side in ("theirs", "own"))
-    return _line(what, one["ours"], spread, theirs, own, "; ".join(filter(None, remarks)), command)
-
-
-def _amount(value: float, unit: str) -> str:
-    if unit == "MB":
-        return f"{value:.0f} MB"
-    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.2f} s"
+    return _line(what, one["ours"], spread, "; ".join(filter(None, remarks)), command)
 
 
 def _cell(text: str) -> str:

@@ -114,6 +114,7 @@ def build(source: Source, cache: Path | None = None) -> tuple[Path, bool]:
         folder = tempfile.mkdtemp(prefix="fpn_d2_")
         path = Path(folder, path.name)
     scratch = Path(folder, "scratch.so")
+    logger.info(f"{source.does}: compiling {source.path.name}, once on this machine")
     try:
         _compile(compiler, source, scratch)
         os.replace(scratch, path)

@@ -5,7 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -132,10 +132,12 @@ class Workspace {
         if (best < idle.size()) {
             block_ = idle[best];
         } else {
-            if (!idle.empty()) std::free(idle[best = idle.size() - 1].memory);  // too small, as all of them are
-            const int64_t page = int64_t(2) << 20, bytes = (floats * 4 + page - 1) / page * page;
-            void* memory = nullptr;
-            if (posix_memalign(&memory, page, bytes) != 0) memory = nullptr;
+            if (!idle.empty()) {  // too small, as all of them are
+                best = idle.size() - 1;
+                ::operator delete(idle[best].memory, kPage);
+            }
+            const int64_t page = int64_t(kPage), bytes = (floats * 4 + page - 1) / page * page;
+            void* memory = ::operator new(bytes, kPage, std::nothrow);
             if (memory) advise(memory, bytes);
             block_ = {static_cast<float*>(memory), bytes / 4};
         }
@@ -151,6 +153,7 @@ class Workspace {
     float* get() const { return block_.memory; }
 
   private:
+    static constexpr std::align_val_t kPage{size_t(2) << 20};
     struct Block {
         float* memory;
         int64_t floats;

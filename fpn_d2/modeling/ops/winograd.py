@@ -65,8 +65,9 @@ class PackedWeights:
     """
 
     def __init__(self):
-        self._made_from: tuple = ()
-        self._kept: tuple[Tensor, Tensor | None] | None = None
+        # One attribute, which other threads find whole: what it was made from, the transformed weights, the bias, and
+        # the memory that it was made from, which nobody else can then be given.
+        self._kept: tuple[tuple, Tensor, Tensor | None, list] | None = None
 
     def __reduce__(self) -> tuple:
         return PackedWeights, ()
@@ -88,10 +89,11 @@ class PackedWeights:
             weight, bias = make()
             return pack(weight), bias
         made_from = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
-        if self._kept is None or made_from != self._made_from:
+        kept = self._kept
+        if kept is None or kept[0] != made_from:
             weight, bias = make()
-            self._kept, self._made_from = (pack(weight), bias), made_from
-        return self._kept
+            kept = self._kept = made_from, pack(weight), bias, [tensor.untyped_storage() for tensor in tensors]
+        return kept[1:3]
 
 
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -151,6 +153,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     """The type that autocast asks of convolutions on this kind of device; None where it is off."""
     try:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    except RuntimeError:  # a kind of device without autocast
+        return None
     except (AttributeError, TypeError):  # before torch 2.4
         if device == "cpu":
             return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
