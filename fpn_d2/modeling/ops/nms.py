@@ -51,13 +51,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float,
     if boxes.numel() <= _MOVED_APART:  # the same rounding as there
         moved = boxes + (groups.to(boxes) * (boxes.max() + torch.tensor(1).to(boxes)))[:, None]
         return order[_best(moved[order], None, threshold, len(boxes) if most is None else most)]
+    order = order[groups[order].sort(stable=True).indices]
     kept = order[_best(boxes[order], groups[order], threshold, len(boxes))].sort().values
     # The same order of equal scores as there.
     return kept[scores[kept].sort(descending=True).indices][:most]
 
 
 def _best(boxes: Tensor, groups: Tensor | None, threshold: float, most: int) -> Tensor:
-    """Indices of the boxes (M, 4), best first, that are kept."""
+    """Indices of the boxes (M, 4) that are kept; those of a group lie behind each other, best first."""
     boxes = boxes.contiguous()
     kept = torch.empty(len(boxes), dtype=torch.int64)
     number = library().nms_float32(

@@ -36,11 +36,13 @@ int64_t suppress(const float* boxes, const int64_t* groups, int64_t count, doubl
     if (double(limit) > threshold) limit = std::nextafter(limit, -std::numeric_limits<float>::infinity());
     const Float16 zero{};
     int64_t number = 0;
+    int64_t end = groups ? 0 : count;  // of the group of box i
     for (int64_t i = 0; i < count && number < most; ++i) {
+        while (end < count && (end <= i || group[end] == group[i])) ++end;
         if (gone[i]) continue;
         kept[number++] = i;
         const Float16 left = zero + x0[i], top = zero + y0[i], right = zero + x1[i], bottom = zero + y1[i];
-        for (int64_t j = (i + 1) / kLanes * kLanes; j < count; j += kLanes) {
+        for (int64_t j = (i + 1) / kLanes * kLanes; j < end; j += kLanes) {
             const Float16 width = smaller(right, load<Float16>(x1 + j)) - larger(left, load<Float16>(x0 + j));
             const Float16 height = smaller(bottom, load<Float16>(y1 + j)) - larger(top, load<Float16>(y0 + j));
             const Float16 inner = larger(zero, width) * larger(zero, height);
@@ -55,8 +57,8 @@ int64_t suppress(const float* boxes, const int64_t* groups, int64_t count, doubl
 }  // namespace
 
 extern "C" {
-// Boxes (M, 4), best first; groups (M) or null; writes the indices of those kept, at most `most`, and returns their
-// number, or -1 where memory ran out.
+// Boxes (M, 4), those of a group behind each other, best first; their groups (M), or null for one group. Writes the
+// indices of those kept, at most `most`, and returns their number, or -1 where memory ran out.
 int64_t nms_float32(const float* boxes, const int64_t* groups, int64_t count, double threshold, int64_t most,
                     int64_t* kept) {
     int64_t number = 0;
