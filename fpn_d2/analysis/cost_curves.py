@@ -20,6 +20,7 @@ from fpn_d2.engine import UserError
 from fpn_d2.engine.checkpoint import write_atomically
 from fpn_d2.modeling.backbone import PyramidBackbone
 from fpn_d2.modeling.necks import build_neck
+from fpn_d2.modeling.numerics import speed_up
 from fpn_d2.modeling.poolers import build_pooler
 
 from .compare import environment, plain
@@ -191,7 +192,13 @@ def _pooling(
     ours = build_pooler(cfg, shapes, output_size=7, sampling_ratio=0, pooler_type="ROIAlignV2")
     stock = ROIPooler(7, [1 / 2**k for k in levels], 0, "ROIAlignV2")
     maps, boxes = _maps(size, levels, number, device), [_rois(rois, size, device) for _ in range(number)]
-    return {name: _no_grad(lambda pool=pool: pool(maps, boxes)) for name, pool in ((OURS, ours), (STOCK, stock))}
+    own_maps = [_as_ours_gets_it(one) for one in maps]
+    return {OURS: _no_grad(lambda: ours(own_maps, boxes)), STOCK: _no_grad(lambda: stock(maps, boxes))}
+
+
+def _as_ours_gets_it(one: Tensor) -> Tensor:
+    """A map in the memory format in which a backbone of ours, under MODEL.NUMERICS fast, hands it on."""
+    return one.to(memory_format=torch.channels_last) if one.device.type == "cpu" else one
 
 
 class _Given(Backbone):
@@ -216,9 +223,9 @@ def _neck(size: tuple[int, int], number: int, device: torch.device) -> Pair:
         name: torch.randn(number, shape.channels, *(math.ceil(side / shape.stride) for side in size), device=device)
         for name, shape in shapes.items()
     }
-    given = _Given(maps, shapes)
-    ours = PyramidBackbone(given, build_neck(cfg, shapes)).to(device).eval()
-    stock = FPN(given, names, _CHANNELS, top_block=LastLevelMaxPool()).to(device).eval()
+    own = _Given({name: _as_ours_gets_it(one) for name, one in maps.items()}, shapes)
+    ours = speed_up(PyramidBackbone(own, build_neck(cfg, shapes)).to(device).eval(), str(device))
+    stock = FPN(_Given(maps, shapes), names, _CHANNELS, top_block=LastLevelMaxPool()).to(device).eval()
     ours.load_state_dict(stock.state_dict())
     image = torch.zeros(number, 3, *size, device=device)
     return {name: _no_grad(lambda net=net: net(image)) for name, net in ((OURS, ours), (STOCK, stock))}

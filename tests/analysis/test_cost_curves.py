@@ -52,6 +52,19 @@ def test_both_sides_do_the_same_work(make):
     assert same(calls[OURS](), calls[STOCK]())
 
 
+def test_parts_run_as_within_a_detector():
+    """Ours sped up and on channels-last maps, Detectron2's on contiguous ones."""
+    calls = cost_curves._neck((64, 96), 1, torch.device("cpu"))
+    assert calls[OURS]()["p2"].is_contiguous(memory_format=torch.channels_last)
+    assert calls[STOCK]()["p2"].is_contiguous()
+    seen = {}
+    calls = cost_curves._pooling(10, torch.device("cpu"), (64, 96))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fpn_d2.modeling.poolers.pyramid_roi_align", lambda maps, *rest: seen.update(maps=maps))
+        calls[OURS]()
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen["maps"])
+
+
 def test_rois_lie_in_the_image_and_reach_every_level():
     boxes = cost_curves._rois(1000, (800, 1088), torch.device("cpu")).tensor
     assert boxes.min() >= 0 and (boxes[:, 2] <= 1088).all() and (boxes[:, 3] <= 800).all()
