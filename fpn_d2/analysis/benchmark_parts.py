@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import Boxes, Instances
@@ -19,6 +18,7 @@ from fpn_d2.modeling.poolers import PyramidROIPooler
 from .benchmark_detector import BFLOAT16_ALLOWED, CONFIG, STOCK, build_twins
 from .benchmark_line import Check, Ours, Timing, equal_check, map_check, time_lines
 from .compare_setup import optimized, read_config
+from .given_maps import GivenMaps
 from .parity import Tolerance
 from .timing import Call
 
@@ -128,20 +128,6 @@ def _pooling_checks(expected: list[Tensor], came: list[Tensor]) -> list[Check]:
     return checks if len(expected) == 1 else [*checks, map_check("gradients", expected[1:], came[1:], allowed)]
 
 
-class _Given(Backbone):
-    """A bottom-up pathway that gives the maps that it was given."""
-
-    def __init__(self, maps: dict[str, Tensor], shapes: dict[str, ShapeSpec]):
-        super().__init__()
-        self._maps, self._shapes = maps, shapes
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self._maps
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return self._shapes
-
-
 def neck(
     timing: Timing, *, dtype: str, size: Size = (800, 1088), config: str = CONFIG, opts: Sequence[str] = ()
 ) -> list[dict]:
@@ -168,8 +154,8 @@ def neck(
     own_maps = {
         name: value.to(getattr(torch, dtype)).to(memory_format=torch.channels_last) for name, value in maps.items()
     }
-    stock.network.backbone.bottom_up = _Given(maps, shapes)
-    fast.backbone.bottom_up = _Given(own_maps, shapes)
+    stock.network.backbone.bottom_up = GivenMaps(maps, shapes)
+    fast.backbone.bottom_up = GivenMaps(own_maps, shapes)
     nothing = torch.zeros(1, 3, 1, 1)
 
     def run(backbone: torch.nn.Module) -> Call:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
@@ -28,6 +28,7 @@ from .compare_measure import inference_call, watch_for
 from .compare_memory import peak_on_gpu, raised_peak
 from .compare_setup import build_pair, random_batch, read_config
 from .cost_curves_figure import draw
+from .given_maps import GivenMaps
 from .timing import Call, paired, summarise
 
 OURS, STOCK = "fpn_d2", "Detectron2"
@@ -201,20 +202,6 @@ def _as_ours_gets_it(one: Tensor) -> Tensor:
     return one.to(memory_format=torch.channels_last) if one.device.type == "cpu" else one
 
 
-class _Given(Backbone):
-    """A bottom-up pathway that gives the maps that it was given."""
-
-    def __init__(self, maps: dict[str, Tensor], shapes: dict[str, ShapeSpec]):
-        super().__init__()
-        self._maps, self._shapes = maps, shapes
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self._maps
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return self._shapes
-
-
 def _neck(size: tuple[int, int], number: int, device: torch.device) -> Pair:
     cfg = _our_cfg(device)
     names = cfg.MODEL.FPN.IN_FEATURES
@@ -223,9 +210,9 @@ def _neck(size: tuple[int, int], number: int, device: torch.device) -> Pair:
         name: torch.randn(number, shape.channels, *(math.ceil(side / shape.stride) for side in size), device=device)
         for name, shape in shapes.items()
     }
-    own = _Given({name: _as_ours_gets_it(one) for name, one in maps.items()}, shapes)
+    own = GivenMaps({name: _as_ours_gets_it(one) for name, one in maps.items()}, shapes)
     ours = speed_up(PyramidBackbone(own, build_neck(cfg, shapes)).to(device).eval(), str(device))
-    stock = FPN(_Given(maps, shapes), names, _CHANNELS, top_block=LastLevelMaxPool()).to(device).eval()
+    stock = FPN(GivenMaps(maps, shapes), names, _CHANNELS, top_block=LastLevelMaxPool()).to(device).eval()
     ours.load_state_dict(stock.state_dict())
     image = torch.zeros(number, 3, *size, device=device)
     return {name: _no_grad(lambda net=net: net(image)) for name, net in ((OURS, ours), (STOCK, stock))}
