@@ -70,6 +70,7 @@ def assert_close(actual, expected, tolerance):
         (3, 48, 80, 9, 12),  # 80 channels: a whole panel of weights and a part of one
         (2, 64, 144, 17, 6),
         (1, 160, 64, 30, 41),  # several blocks of tiles
+        (1, 160, 64, 80, 81),  # in the gradient of the weights too
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
