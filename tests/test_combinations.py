@@ -28,6 +28,7 @@ ONE_MAP = ("SimpleFeaturePyramid", "ImagePyramid")
 NECKS = {
     "NASFPN": {"MODEL.FPN.REPEATS": 2, "MODEL.FPN.TOP_BLOCK": "maxpool"},
     "BiFPN": {"MODEL.FPN.REPEATS": 2},
+    "SimpleFeaturePyramid": {"MODEL.FPN.NORM": "LN"},  # halves channels down to numbers that 32 groups do not divide
 }
 TINY_VIT = [["depth", 4], ["embed_dim", 64], ["num_heads", 2], ["img_size", SIZE]]
 BOTTOM_UPS = {

@@ -61,6 +61,15 @@ def test_adamw_reads_the_keys(clip):
         assert max(p.grad.abs().max() for p in ours.parameters()) <= 0.001
 
 
+def test_adamw_is_fused_on_cpus_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: asked.append(options.get("fused", False)))
+    cfg = config("SOLVER.OPTIMIZER", "AdamW")
+    build_optimizer(cfg, model())
+    build_optimizer(cfg, model().to("meta"))
+    assert asked == [True, False]
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="'Adam'; expected one of SGD, AdamW"):
         build_optimizer(config("SOLVER.OPTIMIZER", "Adam"), model())

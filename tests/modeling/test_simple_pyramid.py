@@ -225,6 +225,11 @@ RESNET = {f"res{k}": ShapeSpec(channels=2**k, stride=2**k) for k in (2, 3, 4, 5)
         (SHAPES, {"top_block": "p6p7_c5"}, "TOP_BLOCK.*'p6p7_c5', which reads C5"),
         (SHAPES, {"top_block": "p6"}, "TOP_BLOCK.*'p6'"),
         ({"res4": ShapeSpec(channels=6, stride=16)}, {}, "6 channels, which cannot be halved 2 times for p2"),
+        (
+            {"res4": ShapeSpec(channels=80, stride=16)},
+            {"norm": "GN", "out_channels": 32},
+            r"MODEL.FPN.NORM\) 'GN' does not go with the 40 channels between.*use LN",
+        ),
     ],
 )
 def test_construction_refuses(shapes, options, message):

@@ -47,13 +47,23 @@ def rescale_layers(channels: int, steps: int, norm: str | Callable) -> tuple[lis
 
     Returns:
         The layers and the channels of what they give.
+
+    Raises:
+        ValueError: the norm does not go with the channels between the convolutions.
     """
     if steps < 0:
         return [nn.MaxPool2d(kernel_size=2**-steps, stride=2**-steps, ceil_mode=True)], channels
     layers = []
     for step in range(steps):
         if step:
-            layers += [get_norm(norm, channels) or nn.Identity(), nn.GELU()]
+            try:
+                between = get_norm(norm, channels) or nn.Identity()
+            except ValueError as error:  # group norm wants a multiple of its 32 groups
+                raise ValueError(
+                    f"norm (MODEL.FPN.NORM) {norm!r} does not go with the {channels} channels between transposed "
+                    f"convolutions, each of which halves those of the bottom-up map: {error}; use LN"
+                ) from None
+            layers += [between, nn.GELU()]
         layers.append(nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2))
         channels //= 2
     return layers, channels
