@@ -23,6 +23,8 @@ setup(
         "opencv": ["opencv-python-headless"],
         # Bottom-up pathways of timm. It requires torch and torchvision of any version: those that are there will do.
         "timm": ["timm>=1.0.9"],
+        # A C++ compiler where there is none: pooling and convolutions on a CPU are compiled at first use.
+        "compiler": ["ziglang"],
         # The same COCO figures, several times sooner; used as soon as it is there.
         "fast-eval": ["faster-coco-eval>=1.6"],
         # shapely: fvcore crops polygons with it.

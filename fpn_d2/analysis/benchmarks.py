@@ -152,11 +152,11 @@ def _environment(settings: Mapping[str, object]) -> dict:
 
 def _compiler() -> str | None:
     try:
-        path = find_compiler()
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+        command = find_compiler()
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (done.stdout.strip().splitlines() or [path])[0]
+    return (done.stdout.strip().splitlines() or command)[0]
 
 
 def _code() -> str:

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from fpn_d2.data import TrainingMapper
 
 from .checkpoint import BEST_MODEL, ReportingCheckpointer, write_atomically
 from .errors import UserError
@@ -77,7 +79,8 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)):
             module.eval()
-    mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False), recompute_boxes=False)
+    # exact: images as they are evaluated on, not as they are trained on
+    mapper = TrainingMapper(cfg, True, augmentations=build_augmentation(cfg, False), recompute_boxes=False, exact=True)
     attributes = dict(vars(model))
     sums: dict[str, float] = {}
     count = 0

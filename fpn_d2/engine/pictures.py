@@ -7,12 +7,14 @@ import matplotlib.colors
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from fpn_d2.data import TrainingMapper
 
 # One panel, in pixels: (width, height).
 _PANEL = (480, 360)
@@ -39,7 +41,7 @@ def draw_detections(cfg: CfgNode, model: nn.Module, dataset_name: str, path: str
     count = min(cfg.TEST.PICTURE_IMAGES, len(records))
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
     classes = MetadataCatalog.get(dataset_name).get("thing_classes", [])
-    mapper = DatasetMapper(cfg, False)
+    mapper = TrainingMapper(cfg, False)
     training = model.training
     model.eval()
     try:

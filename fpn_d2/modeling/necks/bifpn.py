@@ -15,14 +15,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
-from .build import NECK_REGISTRY, Neck
+from .build import NECK_REGISTRY
 from .conv import xavier_conv
-from .input_levels import InputLevels, refuse_fpn_options
-from .top_blocks import top_block_of
+from .input_levels import GraphNeck
 from .upsample import fit, nearest
 
 FUSIONS = ("fast", "softmax", "sum")
-DEFAULT_REPEATS = 3  # of EfficientDet-D0
 
 
 class Node(NamedTuple):
@@ -142,7 +140,7 @@ class BiFPNLayer(nn.Module):
 
 
 @NECK_REGISTRY.register()
-class BiFPN(Neck):
+class BiFPN(GraphNeck):
     """Layers that pass over all levels top-down and bottom-up, with learned weights where maps meet.
 
     Maps are up-sampled by repeating cells and down-sampled by 3x3 stride-2 max pooling, to the exact size of the
@@ -154,6 +152,8 @@ class BiFPN(Neck):
     momentum; max pooling of even sizes pads at the top and left, not at the bottom and right.
     """
 
+    default_repeats = 3
+
     @configurable
     def __init__(
         self,
@@ -163,7 +163,7 @@ class BiFPN(Neck):
         out_channels: int = 256,
         norm: str = "BN",
         top_block: str = "p6p7_maxpool",
-        repeats: int = DEFAULT_REPEATS,
+        repeats: int = default_repeats,
         fusion: str = "fast",
         separable_conv: bool = True,
     ):
@@ -183,32 +183,20 @@ class BiFPN(Neck):
         Raises:
             ValueError: an option has no such value, a map is missing, strides do not double, or there is one level.
         """
-        super().__init__()
         if fusion not in FUSIONS:
             raise ValueError(f"fusion (MODEL.FPN.FUSION) is {fusion!r}; expected one of {', '.join(FUSIONS)}")
-        check_repeats(repeats)
-        self.input_levels = InputLevels(input_shape, in_features, out_channels, norm, top_block)
-        self.levels = self.input_levels.levels
+        super().__init__(input_shape, in_features, out_channels, norm, top_block, repeats)
         nodes = bifpn_nodes(self.levels[0], self.levels[-1])
         self._skips = dict(zip(self.input_levels.bottom_up_levels[1:], in_features[1:], strict=True))
         for level, name in self._skips.items():
             self.add_module(f"bifpn_skip{level}", xavier_conv(input_shape[name].channels, out_channels, 1, norm))
         for i in range(repeats):
             self.add_module(f"bifpn_layer{i}", BiFPNLayer(nodes, out_channels, fusion, separable_conv, norm))
-        self.repeats = repeats
-        self._output_shape = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         """Read ``cfg.MODEL.FPN``."""
-        refuse_fpn_options(cfg, cls.__name__)
-        return {
-            "input_shape": input_shape,
-            "in_features": cfg.MODEL.FPN.IN_FEATURES,
-            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "norm": cfg.MODEL.FPN.NORM,
-            "top_block": top_block_of(cfg),
-            "repeats": cfg.MODEL.FPN.REPEATS or DEFAULT_REPEATS,
+        return super().from_config(cfg, input_shape) | {
             "fusion": cfg.MODEL.FPN.FUSION,
             "separable_conv": cfg.MODEL.FPN.SEPARABLE_CONV,
         }
@@ -220,27 +208,6 @@ class BiFPN(Neck):
         for i in range(self.repeats):
             maps = skips = getattr(self, f"bifpn_layer{i}")(maps, skips)
         return {f"p{k}": maps[k] for k in self.levels}
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output, the finest first."""
-        return dict(self._output_shape)
-
-    @property
-    def size_divisibility(self) -> int:
-        """The coarsest bottom-up stride, as for the FPN; the neck itself works at any size."""
-        return 2 ** self.input_levels.bottom_up_levels[-1]
-
-
-def check_repeats(repeats: int) -> None:
-    """Refuse a number of repeats below one.
-
-    Raises:
-        ValueError: it is.
-    """
-    if repeats < 1:
-        raise ValueError(
-            f"repeats (MODEL.FPN.REPEATS) is {repeats}; expected 1 or more (in a configuration, 0 is the neck's own)"
-        )
 
 
 def _resize(x: Tensor, level: int, target: int, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a graph over all levels starts from: every level of the pyramid, brought to the same number of channels."""
+"""What necks that repeat a graph over all levels share: its inputs, every level brought to the same channels."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from .build import Neck
 from .conv import xavier_conv
 from .fpn import pyramid_levels
-from .top_blocks import build_top_block, reads_bottom_up
+from .top_blocks import build_top_block, reads_bottom_up, top_block_of
 
 
 class InputLevels(nn.Module):
@@ -64,6 +65,65 @@ class InputLevels(nn.Module):
             source = features[self.in_features[-1]] if self._top_reads_bottom_up else maps[last]
             maps |= {last + 1 + i: x for i, x in enumerate(self.top_block(source))}
         return maps
+
+
+class GraphNeck(Neck):
+    """A neck that runs a graph over all levels, those of the top block included, several times.
+
+    Attributes:
+        input_levels: makes the inputs of the graph.
+        levels: those of inputs and outputs, ascending.
+        repeats: how often the graph is run, each time with weights of its own.
+    """
+
+    default_repeats: int
+
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: str,
+        top_block: str,
+        repeats: int,
+    ):
+        """Build the ``input_levels``.
+
+        Raises:
+            ValueError: ``repeats`` is below one; and as for :class:`InputLevels`.
+        """
+        super().__init__()
+        if repeats < 1:
+            raise ValueError(
+                f"repeats (MODEL.FPN.REPEATS) is {repeats}; expected 1 or more (in a configuration, 0 is the neck's "
+                "own)"
+            )
+        self.repeats = repeats
+        self.input_levels = InputLevels(input_shape, in_features, out_channels, norm, top_block)
+        self.levels = self.input_levels.levels
+        self._output_shape = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Read ``cfg.MODEL.FPN``."""
+        refuse_fpn_options(cfg, cls.__name__)
+        return {
+            "input_shape": input_shape,
+            "in_features": cfg.MODEL.FPN.IN_FEATURES,
+            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "norm": cfg.MODEL.FPN.NORM,
+            "top_block": top_block_of(cfg),
+            "repeats": cfg.MODEL.FPN.REPEATS or cls.default_repeats,
+        }
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output, the finest first."""
+        return dict(self._output_shape)
+
+    @property
+    def size_divisibility(self) -> int:
+        """The coarsest bottom-up stride, as for the FPN; the neck itself works at any size."""
+        return 2 ** self.input_levels.bottom_up_levels[-1]
 
 
 # Options of the FPN that a graph has no counterpart of, and the value that leaves them alone.

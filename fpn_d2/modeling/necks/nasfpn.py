@@ -9,18 +9,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from .bifpn import check_repeats
-from .build import NECK_REGISTRY, Neck
+from .build import NECK_REGISTRY
 from .conv import xavier_conv
-from .input_levels import InputLevels, refuse_fpn_options
-from .top_blocks import top_block_of
+from .input_levels import GraphNeck
 from .upsample import fit, nearest
 
-DEFAULT_REPEATS = 7
 NUM_LEVELS = 5
 
 
@@ -97,7 +94,7 @@ def attention(finer: Tensor, coarser: Tensor) -> Tensor:
 
 
 @NECK_REGISTRY.register()
-class NASFPN(Neck):
+class NASFPN(GraphNeck):
     """Stages of seven merging cells over five levels.
 
     Published for P3 to P7; any five levels that follow one another will do, e.g. P2 to P6 with the top block
@@ -110,6 +107,8 @@ class NASFPN(Neck):
     has no bias, and the norms have PyTorch's epsilon and momentum.
     """
 
+    default_repeats = 7
+
     @configurable
     def __init__(
         self,
@@ -119,7 +118,7 @@ class NASFPN(Neck):
         out_channels: int = 256,
         norm: str = "BN",
         top_block: str = "p6p7_maxpool",
-        repeats: int = DEFAULT_REPEATS,
+        repeats: int = default_repeats,
     ):
         """Build the neck.
 
@@ -136,10 +135,7 @@ class NASFPN(Neck):
             ValueError: an option has no such value, a map is missing, strides do not double, or there are not five
                 levels.
         """
-        super().__init__()
-        check_repeats(repeats)
-        self.input_levels = InputLevels(input_shape, in_features, out_channels, norm, top_block)
-        self.levels = self.input_levels.levels
+        super().__init__(input_shape, in_features, out_channels, norm, top_block, repeats)
         if len(self.levels) != NUM_LEVELS:
             names = ", ".join(f"p{k}" for k in self.levels)
             raise ValueError(
@@ -150,21 +146,6 @@ class NASFPN(Neck):
         cells = nasfpn_cells(self.levels[0])
         for i in range(repeats):
             self.add_module(f"nasfpn_stage{i}", Stage(cells, out_channels, norm))
-        self.repeats = repeats
-        self._output_shape = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        """Read ``cfg.MODEL.FPN``."""
-        refuse_fpn_options(cfg, cls.__name__)
-        return {
-            "input_shape": input_shape,
-            "in_features": cfg.MODEL.FPN.IN_FEATURES,
-            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "norm": cfg.MODEL.FPN.NORM,
-            "top_block": top_block_of(cfg),
-            "repeats": cfg.MODEL.FPN.REPEATS or DEFAULT_REPEATS,
-        }
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``{"p3": (N, d, H/8, W/8), ...}``, from high to low resolution, for maps of any size."""
@@ -172,15 +153,6 @@ class NASFPN(Neck):
         for i in range(self.repeats):
             maps = getattr(self, f"nasfpn_stage{i}")(maps)
         return {f"p{k}": maps[k] for k in self.levels}
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output, the finest first."""
-        return dict(self._output_shape)
-
-    @property
-    def size_divisibility(self) -> int:
-        """The coarsest bottom-up stride, as for the FPN; the neck itself works at any size."""
-        return 2 ** self.input_levels.bottom_up_levels[-1]
 
 
 def _resize(x: Tensor, level: int, target: int, size: tuple[int, int]) -> Tensor:

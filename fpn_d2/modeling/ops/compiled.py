@@ -9,12 +9,15 @@ second runtime, or threads beside it, would compete with it for the processor's 
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 FLAGS = ("-fno-math-errno", "-std=c++17", "-fPIC", "-shared", "-pthread")
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 300  # of ours a few; ziglang first builds its own C++ library, once on a machine
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,11 @@ def build(source: Source, cache: Path | None = None) -> tuple[Path, bool]:
     """
     cache = default_cache() if cache is None else cache
     compiler = find_compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_COMPILE_SECONDS, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_COMPILE_SECONDS, check=True).stdout
     texts = [source.path, *sorted(source.path.parent.glob("*.h"))]
     flags = " ".join((*FLAGS, *source.flags))
-    parts = [*[text.read_bytes() for text in texts], compiler.encode(), version, flags.encode(), _processor().encode()]
+    words = [" ".join(compiler), flags, _processor()]
+    parts = [*[text.read_bytes() for text in texts], version, *[word.encode() for word in words]]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache / f"{source.path.stem}_{key}.so"
     if path.exists():
@@ -131,27 +135,33 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpn_d2"
 
 
-def find_compiler() -> str:
-    """Return the path of ``$CXX``, or else of g++, clang++ or c++.
+def find_compiler() -> list[str]:
+    """Return the command that is ``$CXX``, or else g++, clang++, c++ or the Python package ziglang, which has clang.
 
     Raises:
         OSError: there is none.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in names:
+    asked = os.environ.get("CXX", "").strip()
+    if asked and (found := shutil.which(asked)):  # a path may have spaces in it
+        return [found]
+    commands = [shlex.split(asked)] if asked else [["g++"], ["clang++"], ["c++"]]
+    for name, *words in commands:
         if found := shutil.which(name):
-            return found
-    raise OSError(f"no C++ compiler: looked for {', '.join(names)}")
+            return [found, *words]
+    if not asked and importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "c++"]
+    looked_for = asked or "g++, clang++, c++ and the Python package ziglang"
+    raise OSError(f"no C++ compiler: looked for {looked_for}")
 
 
-def _compile(compiler: str, source: Source, path: Path) -> None:
+def _compile(compiler: list[str], source: Source, path: Path) -> None:
     # Not every compiler knows -march=native on every processor; the code is right, and slower, without.
     for tuning in (["-march=native"], []):
-        command = [compiler, *FLAGS, *source.flags, *tuning, str(source.path), "-o", str(path)]
+        command = [*compiler, *FLAGS, *source.flags, *tuning, str(source.path), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
         if done.returncode == 0:
             return
-    raise subprocess.SubprocessError(f"{compiler} failed: {done.stderr.strip() or done.returncode}")
+    raise subprocess.SubprocessError(f"{' '.join(compiler)} failed: {done.stderr.strip() or done.returncode}")
 
 
 def _processor() -> str:

@@ -4,8 +4,10 @@ import ctypes
 import dataclasses
 import multiprocessing
 import os
+import shlex
 import shutil
 import stat
+import sys
 import time
 
 import pytest
@@ -118,6 +120,38 @@ def test_broken_compilers_are_told_of_once_and_stop_nothing(script, message, tmp
     assert line.startswith("Pooling runs in pure torch, not compiled: ") and message in line and "\n" not in line
 
 
+def program(folder, name, text="#!/bin/sh\n"):
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_which_compiler(monkeypatch, tmp_path):
+    """The one that is asked for and no other; else the first of the usual names; else the Python package."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *sys.path])
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+    with pytest.raises(OSError, match=r"looked for g\+\+, clang\+\+, c\+\+ and the Python package ziglang$"):
+        builder.find_compiler()
+    monkeypatch.delitem(sys.modules, "ziglang")
+    program(tmp_path / "packages" / "ziglang", "__init__.py", "")
+    assert builder.find_compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    last = program(tmp_path / "bin", "c++")
+    assert builder.find_compiler() == [last]
+    first = program(tmp_path / "bin", "g++")
+    assert builder.find_compiler() == [first]
+    spaced = program(tmp_path / "some where", "my c++")
+    for asked, expected in (("c++", [last]), (f"'{last}' -x 'a b'", [last, "-x", "a b"]), (spaced, [spaced])):
+        monkeypatch.setenv("CXX", asked)
+        assert builder.find_compiler() == expected
+    monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    with pytest.raises(OSError, match="looked for no-such-compiler --fast$"):
+        builder.find_compiler()
+
+
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path / "a"))
     assert builder.default_cache() == tmp_path / "a"
@@ -134,7 +168,7 @@ def test_without_tuning_for_this_processor(tmp_path, monkeypatch):
     if pooling.library() is None:
         pytest.skip("no C++ compiler on this machine: the compiled pooling is NOT tested")
     wrapper = tmp_path / "cxx"
-    real = builder.find_compiler()
+    real = shlex.join(builder.find_compiler())
     wrapper.write_text(
         f'#!/bin/sh\nfor word; do [ "$word" = -march=native ] && {{ echo unknown >&2; exit 1; }}; done\n{real} "$@"\n'
     )
