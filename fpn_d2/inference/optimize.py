@@ -12,8 +12,8 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import nn
 
 from fpn_d2.modeling.box_predictor import FPNBoxPredictor
+from fpn_d2.modeling.fast_conv import fuse_norms, use_fast_convolutions
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner
-from fpn_d2.modeling.ops.conv import fuse_norms, use_fast_convolutions
 from fpn_d2.modeling.ops.linear import use_onednn
 from fpn_d2.modeling.poolers import CombiningROIPooler, PyramidROIPooler
 from fpn_d2.modeling.rpn import FPNRPN

@@ -4,7 +4,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from .ops.conv import use_fast_convolutions
+from .fast_conv import use_fast_convolutions
 from .ops.linear import use_onednn
 
 NUMERICS = ("fast", "exact")

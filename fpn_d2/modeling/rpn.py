@@ -15,8 +15,8 @@ from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fast_conv import use_fast_convolutions
 from .numerics import is_fast
-from .ops.conv import use_fast_convolutions
 from .proposals import select_proposals
 from .sampling import boxes_of, match, sample
 from .selection import find

@@ -15,7 +15,7 @@ from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.modeling import NECK_REGISTRY, Neck, PyramidBackbone
-from fpn_d2.modeling.ops.conv import FastConv2d
+from fpn_d2.modeling.fast_conv import FastConv2d
 
 
 def config(depth=18, **options):

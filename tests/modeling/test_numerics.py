@@ -6,8 +6,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
+from fpn_d2.modeling.fast_conv import FastConv2d
 from fpn_d2.modeling.numerics import speed_up
-from fpn_d2.modeling.ops.conv import FastConv2d
 from fpn_d2.modeling.ops.linear import OneDNNLinear
 from tests.batches import random_batch, seed_everything
 from tests.modeling.test_roi_heads import config

@@ -3,7 +3,8 @@
 C++ sources are compiled at first use and kept (compiled.py). Where there is no compiler, PyTorch does the work.
 
     roi_align.py   multi-level RoIAlign, below
-    winograd.py    3x3 convolution with a quarter of the products, CPU; conv.py holds the layer that uses it
+    winograd.py    3x3 convolution with a quarter of the products, CPU; torch_winograd.py without a compiler
+    onednn_conv.py convolution, sum and ReLU in one pass, CPU, inference
     nms.py         non-maximum suppression, CPU
     linear.py      fully connected layers through oneDNN, CPU
 

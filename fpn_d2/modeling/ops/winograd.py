@@ -6,14 +6,13 @@ networks", CVPR 2016: F(4x4, 3x3) takes 36 products for each 4 x 4 outputs where
 
 import ctypes
 import functools
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cpu_maps
 from .compiled import Source, load
 
 SOURCE = Source(
@@ -22,8 +21,6 @@ SOURCE = Source(
     does="3x3 convolution",
     otherwise="in PyTorch",
 )
-VARIABLE = "FPN_D2_CONV"
-IMPLEMENTATIONS = ("auto", "direct")
 DTYPES = (torch.float32, torch.bfloat16)
 # Vectors are of 16 channels.
 _LANES = 16
@@ -58,44 +55,6 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-class PackedWeights:
-    """Transformed weights of one layer, kept from one inference to the next for as long as they are the same.
-
-    They take four times the weights' memory in float32. Copies and pickles of it are empty.
-    """
-
-    def __init__(self):
-        # One attribute, which other threads find whole: what it was made from, the transformed weights, the bias, and
-        # the memory that it was made from, which nobody else can then be given.
-        self._kept: tuple[tuple, Tensor, Tensor | None, list] | None = None
-
-    def __reduce__(self) -> tuple:
-        return PackedWeights, ()
-
-    def clear(self) -> None:
-        """Forget them."""
-        self.__init__()
-
-    def get(
-        self, tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the transformed weights, and the bias.
-
-        Args:
-            tensors: what they are made from: as long as these are the same and nobody wrote to them, so are they.
-            make: returns weights (C', C, 3, 3) and bias (C',) or None.
-        """
-        if any(tensor.is_inference() for tensor in tensors):  # these do not say when they were written to
-            weight, bias = make()
-            return pack(weight), bias
-        made_from = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
-        kept = self._kept
-        if kept is None or kept[0] != made_from:
-            weight, bias = make()
-            kept = self._kept = made_from, pack(weight), bias, [tensor.untyped_storage() for tensor in tensors]
-        return kept[1:3]
-
-
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a 3x3 convolution with stride 1 and padding 1 can run here, and is faster than PyTorch's.
 
@@ -107,58 +66,20 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         weight: (C', C, 3, 3).
         bias: (C',) or None.
     """
-    if is_watched():
+    if not cpu_maps.is_plain(x, weight, bias):
         return False
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    autocast = autocast_dtype("cpu")
-    tiles = x.shape[0] * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4) if x.dim() == 4 else 0
+    autocast = cpu_maps.autocast_dtype("cpu")
+    tiles = x.shape[0] * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4)
     return (
-        x.device.type == weight.device.type == "cpu"
-        and tiles >= (_MIN_TILES if torch.is_grad_enabled() else _MIN_TILES_PACKED)
+        tiles >= (_MIN_TILES if torch.is_grad_enabled() else _MIN_TILES_PACKED)
         and x.shape[1] == weight.shape[1]
         and weight.shape[0] % _LANES == weight.shape[1] % _LANES == 0
         and all(tensor.dtype in DTYPES for tensor in tensors)
         and (x.dtype == weight.dtype if autocast is None else autocast in DTYPES)
-        and _is_channels_last(x)
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        and _is_on()
+        and cpu_maps.is_on()
         and library() is not None
     )
-
-
-def _is_on() -> bool:
-    value = os.environ.get(VARIABLE, "auto")
-    if value not in IMPLEMENTATIONS:
-        raise ValueError(f"{VARIABLE} is {value!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    return value == "auto"
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    # With one channel or one cell a map is both; such maps are small, and none of ours.
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def is_watched() -> bool:
-    """Whether someone follows the operations, and has to see a convolution: a trace, an export, a count of FLOPs."""
-    compiler = getattr(torch, "compiler", None)  # before torch 2.1 there is none
-    if torch.jit.is_tracing() or (hasattr(compiler, "is_compiling") and compiler.is_compiling()):
-        return True
-    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    functorch = getattr(torch._C, "_functorch", None)
-    level = getattr(functorch, "maybe_current_level", lambda: None)()
-    return (depth is not None and depth() > 0) or level is not None
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The type that autocast asks of convolutions on this kind of device; None where it is off."""
-    try:
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    except RuntimeError:  # a kind of device without autocast
-        return None
-    except (AttributeError, TypeError):  # before torch 2.4
-        if device == "cpu":
-            return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
@@ -176,7 +97,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     Returns:
         (N, C', H, W), channels-last, of x's type, or autocast's.
     """
-    if (dtype := autocast_dtype("cpu")) is not None:
+    if (dtype := cpu_maps.autocast_dtype("cpu")) is not None:
         x = x.to(dtype)  # the weights stay as they are: they are transformed in float32 anyway
     return _Convolution.apply(x, weight, bias, scale)
 
@@ -190,7 +111,7 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tens
         bias: as there.
         relu: whether negative outputs become 0.
     """
-    if (dtype := autocast_dtype("cpu")) is not None:
+    if (dtype := cpu_maps.autocast_dtype("cpu")) is not None:
         x = x.to(dtype)
     return _convolve(x, packed.numel() // (36 * x.shape[1]), bias, relu=relu, packed=packed)
 

@@ -11,15 +11,15 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
 from fpn_d2.analysis.complexity import count_macs
-from fpn_d2.modeling.ops import winograd
-from fpn_d2.modeling.ops.conv import FastConv2d, use_fast_convolutions
+from fpn_d2.modeling.fast_conv import FastConv2d, use_fast_convolutions
+from fpn_d2.modeling.ops import cpu_maps, winograd
 
 ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 2**-8}
 
 
 @pytest.fixture(autouse=True)
 def _needs_library(monkeypatch):
-    monkeypatch.delenv(winograd.VARIABLE, raising=False)
+    monkeypatch.delenv(cpu_maps.VARIABLE, raising=False)
     if winograd.library() is None:
         pytest.skip("no C++ compiler on this machine, or no vectors: minimal filtering is NOT tested")
 
@@ -166,9 +166,9 @@ def test_where_it_pays(monkeypatch):
         narrow,
     ):
         assert not winograd.pays(*inputs)
-    monkeypatch.setenv(winograd.VARIABLE, "direct")
+    monkeypatch.setenv(cpu_maps.VARIABLE, "direct")
     assert not winograd.pays(x, weight, bias)
-    monkeypatch.setenv(winograd.VARIABLE, "quick")
+    monkeypatch.setenv(cpu_maps.VARIABLE, "quick")
     with pytest.raises(ValueError, match="FPN_D2_CONV is 'quick'; expected one of auto, direct"):
         winograd.pays(x, weight, bias)
 
@@ -233,7 +233,7 @@ def test_kept_weights_follow_the_weights(change):
     net = use_fast_convolutions(nn.Sequential(layer())).eval()
     x = case(1, 16, 16, 40, 40)[0]
     before = net(x)
-    assert torch.equal(net(x), before) and net[0]._packed._kept is not None
+    assert torch.equal(net(x), before) and net[0]._packed._kept
     change(net)
     x = x.to(net[0].weight.dtype)
     expected = net[0].norm(nn.functional.conv2d(x, net[0].weight, padding=1))
@@ -248,7 +248,7 @@ def test_copies_and_files_do_not_hold_kept_weights():
     with torch.no_grad():
         expected = net(x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert other[0]._packed._kept is None
+        assert not other[0]._packed._kept
         with torch.no_grad():
             assert torch.equal(other(x), expected)
     file = io.BytesIO()

@@ -1,19 +1,24 @@
-"""Detectron2's convolution with the frozen normalisation folded in and 3x3 kernels by minimal filtering."""
+"""Detectron2's convolution and residual blocks, with the frozen normalisation folded in and faster operations."""
+
+from collections.abc import Callable
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import winograd
+from .ops import cpu_maps, onednn_conv, torch_winograd, winograd
+from .ops.packed_weights import PackedWeights
 
 
 class FastConv2d(Conv2d):
     """Detectron2's ``Conv2d``, within float rounding.
 
     A frozen batch normalisation scales the weights rather than the output, anew in each call: the weights may be
-    training. 3x3 kernels run through :mod:`.winograd` where that is faster. Parameters, the norm and their names stay,
-    so that state dicts are those of ``Conv2d``.
+    training. 3x3 kernels run by minimal filtering where that is faster, and at inference all kernels with weights in
+    the form that suits the machine, which is kept. Parameters, the norm and their names stay, so that state dicts are
+    those of ``Conv2d``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,34 +28,61 @@ class FastConv2d(Conv2d):
         if x.is_cuda and (not frozen or not torch.is_grad_enabled()):
             return super().forward(x)
         relu = isinstance(self.activation, nn.ReLU) and (frozen or self.norm is None)
-        x = self._convolved(x, frozen, relu)
+        x = self._convolved(x, relu)
         if self.norm is not None and not frozen:
             x = self.norm(x)
         return x if self.activation is None or relu else self.activation(x)
 
-    def _convolved(self, x: Tensor, frozen: bool, relu: bool) -> Tensor:
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or not winograd.pays(x, self.weight, self.bias):
-            x = self._direct(x, frozen)
-            return x.relu_() if relu else x
-        if not torch.is_grad_enabled():
-            norm = (*self.norm.parameters(), *self.norm.buffers()) if frozen else ()
-            own = [tensor for tensor in (self.weight, self.bias, *norm) if tensor is not None]
-            packed, bias = self._packed.get(own, lambda: folded_weights(self) if frozen else (self.weight, self.bias))
-            return winograd.convolve(x, packed, bias, relu)
-        scale, bias = folded_scale(self) if frozen else (None, self.bias)
-        x = winograd.conv3x3(x, self.weight, bias, scale)
-        return x.relu_() if relu else x
+    def rectified(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """``relu(self(x) + add)``, for inference.
 
-    def _direct(self, x: Tensor, frozen: bool) -> Tensor:
+        Args:
+            x: (N, C, H, W).
+            add: of the shape of the output, or None.
+        """
+        if self.activation is None and (self.norm is None or isinstance(self.norm, FrozenBatchNorm2d)):
+            return self._convolved(x, True, add)
+        x = self(x)
+        return (x if add is None else x.add_(add)).relu_()
+
+    def _convolved(self, x: Tensor, relu: bool, add: Tensor | None = None) -> Tensor:
+        """Convolution, norm if it is frozen, ``add``, and ReLU if ``relu``."""
+        frozen = isinstance(self.norm, FrozenBatchNorm2d)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if (self.kernel_size, *geometry) == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+            if winograd.pays(x, self.weight, self.bias):
+                if torch.is_grad_enabled():
+                    scale, bias = folded_scale(self) if frozen else (None, self.bias)
+                    return _then(winograd.conv3x3(x, self.weight, bias, scale), relu, add)
+                packed, bias = self._kept("compiled", frozen, winograd.pack)
+                return _then(winograd.convolve(x, packed, bias, relu and add is None), relu, add)
+            if torch_winograd.pays(x, self.weight, self.bias):
+                packed, bias = self._kept("torch", frozen, torch_winograd.pack)
+                return _then(torch_winograd.convolve(x, packed, bias, relu and add is None), relu, add)
+        if onednn_conv.pays(x, self.weight, self.bias, geometry):
+            packed, bias = self._kept("oneDNN", frozen, lambda weight: onednn_conv.pack(weight, x, geometry))
+            return onednn_conv.convolve(x, packed, bias, geometry, relu, add)
+        return _then(self._direct(x, frozen, geometry), relu, add)
+
+    def _kept(self, form: str, frozen: bool, pack: Callable[[Tensor], object]) -> tuple[object, Tensor | None]:
+        """The weights in another form, and the bias."""
+
+        def make() -> tuple[object, Tensor | None]:
+            weight, bias = folded_weights(self) if frozen else (self.weight, self.bias)
+            return pack(weight), bias
+
+        norm = (*self.norm.parameters(), *self.norm.buffers()) if frozen else ()
+        own = [tensor for tensor in (self.weight, self.bias, *norm) if tensor is not None]
+        return self._packed.get(form, own, make)
+
+    def _direct(self, x: Tensor, frozen: bool, geometry: onednn_conv.Geometry) -> Tensor:
         if not frozen:
             return nn.functional.conv2d(x, self.weight, self.bias, *geometry)
         scale, bias = folded_scale(self)
         keeps_graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if not keeps_graph or winograd.is_watched() or isinstance(self.padding, str):
+        if not keeps_graph or cpu_maps.is_watched() or isinstance(self.padding, str):
             return nn.functional.conv2d(x, winograd.scaled(self.weight, scale), bias, *geometry)
-        if (dtype := winograd.autocast_dtype(x.device.type)) is not None:
+        if (dtype := cpu_maps.autocast_dtype(x.device.type)) is not None:
             x = x.to(dtype)
         return _FoldedConvolution.apply(x, self.weight, bias, scale, geometry)
 
@@ -64,19 +96,66 @@ class FastConv2d(Conv2d):
         return super()._apply(*args, **kwargs)
 
 
+def _then(x: Tensor, relu: bool, add: Tensor | None) -> Tensor:
+    x = x if add is None else x.add_(add)
+    return x.relu_() if relu else x
+
+
+class _FastBlock:
+    """A residual block of Detectron2's that adds and rectifies within the convolutions, at inference on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return super().forward(x)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        for conv in self._convs()[:-1]:
+            x = conv.rectified(x)
+        return self._convs()[-1].rectified(x, shortcut)
+
+
+class FastBasicBlock(_FastBlock, BasicBlock):
+    """See :class:`_FastBlock`."""
+
+    def _convs(self) -> tuple[FastConv2d, ...]:
+        return self.conv1, self.conv2
+
+
+class FastBottleneckBlock(_FastBlock, BottleneckBlock):
+    """See :class:`_FastBlock`."""
+
+    def _convs(self) -> tuple[FastConv2d, ...]:
+        return self.conv1, self.conv2, self.conv3
+
+
+_FAST_BLOCKS = {BasicBlock: FastBasicBlock, BottleneckBlock: FastBottleneckBlock}
+
+
 def use_fast_convolutions(module: nn.Module) -> nn.Module:
-    """Replace, in place, each convolution in ``module``, Detectron2's and PyTorch's; parameters and names stay."""
+    """Replace, in place, each convolution in ``module``, Detectron2's and PyTorch's; parameters and names stay.
+
+    So are residual blocks of Detectron2's ResNets, whose convolutions they are.
+    """
     for name, child in list(module.named_children()):
         if type(child) is Conv2d or (type(child) is nn.Conv2d and child.padding_mode == "zeros"):
-            fast = FastConv2d.__new__(FastConv2d)
-            fast.__dict__ = child.__dict__
+            fast = _become(FastConv2d, child)
             if type(child) is nn.Conv2d:
                 fast.norm = fast.activation = None
-            fast._packed = winograd.PackedWeights()
+            fast._packed = PackedWeights()
             setattr(module, name, fast)
-        else:
-            use_fast_convolutions(child)
+            continue
+        use_fast_convolutions(child)
+        block = _FAST_BLOCKS.get(type(child))
+        if block is not None and all(isinstance(conv, FastConv2d) for conv in block._convs(child)):
+            setattr(module, name, _become(block, child))
     return module
+
+
+def _become(kind: type, module: nn.Module) -> nn.Module:
+    """The same module, parameters and all, as another class."""
+    other = kind.__new__(kind)
+    other.__dict__ = module.__dict__
+    return other
 
 
 class _FoldedConvolution(torch.autograd.Function):
