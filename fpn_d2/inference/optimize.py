@@ -25,10 +25,10 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     """Return a copy of ``model`` that runs faster; ``model`` itself stays as it is.
 
     Normalisations are folded into their convolutions, maps are kept channels-last, 3x3 convolutions take fewer
-    products, fully connected layers run through oneDNN, the RPN decodes only the anchors that it keeps, and RoIs are
-    pooled by this package's operation. In float32 the detections are the same within float rounding. On a CPU the
-    weights of 3x3 convolutions are kept in a second form of four times their size; ``FPN_D2_CONV=direct`` in the
-    environment saves it.
+    products, residual blocks add and rectify within a convolution, fully connected layers run through oneDNN, the RPN
+    decodes only the anchors that it keeps, and RoIs are pooled by this package's operation. In float32 the detections
+    are the same within float rounding. On a CPU the weights of convolutions are kept in a second form, those of 3x3
+    ones of four times their size; ``FPN_D2_CONV=direct`` in the environment saves it.
 
     Args:
         model: a ``GeneralizedRCNN`` (or a meta-architecture made from it, as ``PanopticFPN``) or ``RetinaNet`` with a
