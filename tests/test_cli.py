@@ -90,7 +90,7 @@ def test_unknown_or_incomplete_command_shows_the_usage(arguments, capsys):
 
 
 def test_convert_torchvision(tmp_path, capsys):
-    from .engine.test_torchvision_weights import small_weights
+    from .engine.test_torchvision_names import small_weights
 
     source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
     torch.save(small_weights("retinanet", 91), source)
