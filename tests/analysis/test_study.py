@@ -72,8 +72,8 @@ def test_runs_with_other_settings_are_not_mixed(tmp_path, runs):
     run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, **SMALL)
     with pytest.raises(ValueError, match=r"SOLVER.MAX_ITER 5 there, 6 here.*--output"):
         run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=6, **SMALL)
-    with pytest.raises(ValueError, match=r"SOLVER.BASE_LR the default there, 0.1 here"):
-        run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, opts=["SOLVER.BASE_LR", "0.1"], **SMALL)
+    with pytest.raises(ValueError, match=r"SOLVER.MOMENTUM the default there, 0.5 here"):
+        run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, opts=["SOLVER.MOMENTUM", "0.5"], **SMALL)
 
 
 def test_runs_of_another_machine_are_not_mixed(tmp_path, runs, monkeypatch):
