@@ -77,11 +77,13 @@ def test_packed_for_another_size(size, images):
     torch.testing.assert_close(onednn_conv.convolve(x, packed, bias, SAME, True).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_sum_of_the_wrong_shape_is_refused():
-    x, weight, bias = case(1, POINTWISE, torch.float32)
-    packed = onednn_conv.pack(weight, x, POINTWISE)
+@pytest.mark.parametrize(("stride", "width"), [(1, 13), (2, 14)])
+def test_a_sum_of_the_wrong_shape_is_refused(stride, width):
+    geometry = ((stride, stride), *POINTWISE[1:])
+    x, weight, bias = case(1, geometry, torch.float32)
+    packed = onednn_conv.pack(weight, x, geometry)
     with pytest.raises(RuntimeError, match="size"):
-        onednn_conv.convolve(x, packed, bias, POINTWISE, True, torch.zeros(2, 40, 9, 13))
+        onednn_conv.convolve(x, packed, bias, geometry, True, torch.zeros(2, 40, 9, width))
 
 
 def test_nan_and_infinity_are_not_lost():
