@@ -76,6 +76,10 @@ def test_batch_norm_without_affine_parameters_and_group_norm():
     torch.testing.assert_close(net(x), expected)
 
 
+def few_groups(channels):
+    return nn.GroupNorm(4, channels)
+
+
 def block(kind, norm, stride, channels, out_channels):
     torch.manual_seed(0)
     more = {"bottleneck_channels": 16} if kind is BottleneckBlock else {}
@@ -99,9 +103,7 @@ def block(kind, norm, stride, channels, out_channels):
     ],
 )
 def test_residual_blocks(kind, stride, channels, out_channels, norm, layout, grad):
-    if norm == "GN" and kind is BottleneckBlock:
-        norm = lambda channels: nn.GroupNorm(4, channels)  # noqa: E731
-    slow = block(kind, norm, stride, channels, out_channels)
+    slow = block(kind, few_groups if norm == "GN" else norm, stride, channels, out_channels)
     fast = use_fast_convolutions(copy.deepcopy(slow)).to(memory_format=layout)
     assert isinstance(fast[0], kind) and type(fast[0]) is not kind
     assert list(fast.state_dict()) == list(slow.state_dict())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .build import NECK_REGISTRY
 from .conv import xavier_conv
-from .input_levels import GraphNeck
+from .input_levels import GraphNeck, InputLevels
 from .upsample import fit, nearest
 
 FUSIONS = ("fast", "softmax", "sum")
@@ -185,7 +185,7 @@ class BiFPN(GraphNeck):
         """
         if fusion not in FUSIONS:
             raise ValueError(f"fusion (MODEL.FPN.FUSION) is {fusion!r}; expected one of {', '.join(FUSIONS)}")
-        super().__init__(input_shape, in_features, out_channels, norm, top_block, repeats)
+        super().__init__(InputLevels(input_shape, in_features, out_channels, norm, top_block), repeats)
         nodes = bifpn_nodes(self.levels[0], self.levels[-1])
         self._skips = dict(zip(self.input_levels.bottom_up_levels[1:], in_features[1:], strict=True))
         for level, name in self._skips.items():

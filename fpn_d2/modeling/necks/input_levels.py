@@ -21,6 +21,7 @@ class InputLevels(nn.Module):
     Attributes:
         bottom_up_levels: level of each map in ``in_features``.
         levels: these and the levels of the top block, ascending.
+        out_channels: of each level.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class InputLevels(nn.Module):
         """
         super().__init__()
         self.in_features = tuple(in_features)
+        self.out_channels = out_channels
         self.bottom_up_levels = tuple(pyramid_levels(input_shape, in_features))
         for level, name in zip(self.bottom_up_levels, in_features, strict=True):
             self.add_module(f"lateral{level}", xavier_conv(input_shape[name].channels, out_channels, 1, norm))
@@ -78,19 +80,11 @@ class GraphNeck(Neck):
 
     default_repeats: int
 
-    def __init__(
-        self,
-        input_shape: dict[str, ShapeSpec],
-        in_features: Sequence[str],
-        out_channels: int,
-        norm: str,
-        top_block: str,
-        repeats: int,
-    ):
-        """Build the ``input_levels``.
+    def __init__(self, input_levels: InputLevels, repeats: int):
+        """Take over the inputs of the graph.
 
         Raises:
-            ValueError: ``repeats`` is below one; and as for :class:`InputLevels`.
+            ValueError: ``repeats`` is below one.
         """
         super().__init__()
         if repeats < 1:
@@ -99,9 +93,8 @@ class GraphNeck(Neck):
                 "own)"
             )
         self.repeats = repeats
-        self.input_levels = InputLevels(input_shape, in_features, out_channels, norm, top_block)
-        self.levels = self.input_levels.levels
-        self._output_shape = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
+        self.input_levels = input_levels
+        self.levels = input_levels.levels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -118,7 +111,7 @@ class GraphNeck(Neck):
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each output, the finest first."""
-        return dict(self._output_shape)
+        return {f"p{k}": ShapeSpec(channels=self.input_levels.out_channels, stride=2**k) for k in self.levels}
 
     @property
     def size_divisibility(self) -> int:

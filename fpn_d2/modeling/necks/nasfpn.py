@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .build import NECK_REGISTRY
 from .conv import xavier_conv
-from .input_levels import GraphNeck
+from .input_levels import GraphNeck, InputLevels
 from .upsample import fit, nearest
 
 NUM_LEVELS = 5
@@ -135,7 +135,7 @@ class NASFPN(GraphNeck):
             ValueError: an option has no such value, a map is missing, strides do not double, or there are not five
                 levels.
         """
-        super().__init__(input_shape, in_features, out_channels, norm, top_block, repeats)
+        super().__init__(InputLevels(input_shape, in_features, out_channels, norm, top_block), repeats)
         if len(self.levels) != NUM_LEVELS:
             names = ", ".join(f"p{k}" for k in self.levels)
             raise ValueError(

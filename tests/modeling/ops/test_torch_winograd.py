@@ -23,6 +23,8 @@ def _needs_operations(monkeypatch):
     [
         (1, 3, 5, 1, 1),
         (1, 16, 16, 4, 4),
+        (1, 8, 8, 1, 30),  # one row; one column
+        (2, 8, 8, 30, 1),
         (2, 7, 32, 3, 5),
         (3, 48, 33, 9, 12),
         (1, 8, 8, 70, 41),  # several blocks of rows
