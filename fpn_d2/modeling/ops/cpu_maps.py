@@ -1,7 +1,6 @@
 """When an operation of our own may take the place of PyTorch's on a CPU: questions that several of them ask."""
 
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +67,3 @@ def autocast_dtype(device: str) -> torch.dtype | None:
         if device == "cpu":
             return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-
-
-def computes(compute: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Whether oneDNN is there and ``compute``, which calls operations of PyTorch's that are not public, is right."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        found = compute()
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-        return False
-    return bool((found - expected).abs().max() < 1e-4 * expected.abs().max())

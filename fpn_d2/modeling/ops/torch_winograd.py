@@ -2,11 +2,13 @@
 
     Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A       d: 6 x 6 inputs, g: 3 x 3 weights, Y: 4 x 4 outputs
 
-Each of the three transforms in two dimensions is one matrix over the 36 positions of a tile, and each position one
-matrix product over tiles and channels, by oneDNN. Tiles are worked on in blocks that stay in the processor's cache.
+Each of the three transforms in two dimensions is one matrix over the 36 positions of a tile, and the products of all
+positions are one batch of matrix products over tiles and channels. Tiles are worked on in blocks that stay in the
+processor's cache, all in the same two buffers: memory that is new costs more than what is computed in it.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ _A = 181 / 256
 _OUT, _IN = 4, 6
 _BLOCK = 256  # tiles
 # Below these the products that are saved do not pay for the transforms.
-_MIN_CHANNELS, _MIN_TILES = 128, 16
+_MIN_CHANNELS, _MIN_TILES = 256, 16
 
 
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -40,20 +42,17 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_grad_enabled()
         and cpu_maps.autocast_dtype("cpu") is None
         and cpu_maps.is_on()
-        and torch.backends.mkldnn.enabled
-        and _works()
     )
 
 
-def pack(weight: Tensor) -> list[Tensor]:
-    """Transform weights (C', C, 3, 3) to 36 matrices (C', C) in oneDNN's layout; four times the memory."""
+def pack(weight: Tensor) -> Tensor:
+    """Transform weights (C', C, 3, 3) to 36 matrices, (36, C, C'); four times the memory."""
     kernel = _matrices()[1]
-    turned = kernel @ weight.detach().double().flatten(2).permute(2, 0, 1).flatten(1)
-    turned = turned.float().view(_IN * _IN, *weight.shape[:2])
-    return [torch.ops.mkldnn._reorder_linear_weight(matrix, _BLOCK) for matrix in turned]
+    turned = kernel @ weight.detach().double().flatten(2).permute(2, 1, 0).flatten(1)
+    return turned.float().view(_IN * _IN, *weight.shape[1::-1])
 
 
-def convolve(x: Tensor, packed: list[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """``conv2d(x, weight, bias, padding=1)`` within float rounding, and a ReLU if ``relu``.
 
     Args:
@@ -66,39 +65,50 @@ def convolve(x: Tensor, packed: list[Tensor], bias: Tensor | None, relu: bool) -
         (N, C', H, W), channels-last.
     """
     images, channels, height, width = x.shape
+    out_channels = packed.shape[2]
     rows, columns = _tiles(height), _tiles(width)
     bottom, right = _OUT * rows + 1 - height, _OUT * columns + 1 - width
     padded = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, bottom))
-    out = x.new_empty(images, _OUT * rows, _OUT * columns, len(packed[0]))
-    tiled = out.view(images, rows, _OUT, columns, _OUT, -1)
+    out = x.new_empty(images, _OUT * rows, _OUT * columns, out_channels)
+    tiled = out.view(images, rows, _OUT, columns, _OUT, -1).permute(2, 4, 0, 1, 3, 5)
     image, row, cell, channel = padded.stride()
     windows = padded.as_strided(
         (_IN, _IN, images, rows, columns, channels), (row, cell, image, _OUT * row, _OUT * cell, channel)
     )
     # Whole images where they are small, else rows of tiles of one image.
-    image_block = max(1, _BLOCK // (rows * columns))
-    row_block = max(1, _BLOCK // columns)
+    image_block = min(max(1, _BLOCK // (rows * columns)), images)
+    row_block = min(max(1, _BLOCK // columns), rows)
+    most = _IN * _IN * image_block * row_block * columns * max(channels, out_channels)
+    buffers = x.new_empty(most), x.new_empty(most)
     for i in range(0, images, image_block):
         for j in range(0, rows, row_block):
-            block = slice(i, i + image_block), slice(j, j + row_block)
-            tiles = _of_tiles(windows[(slice(None), slice(None), *block)], packed)
+            block = slice(None), slice(None), slice(i, i + image_block), slice(j, j + row_block)
+            tiles = _of_tiles(windows[block], packed, buffers)
             if bias is not None:
                 tiles += bias
             if relu:
-                tiles.relu_()
-            tiled[block] = tiles.permute(2, 3, 0, 4, 1, 5)
+                torch.clamp_min(tiles, 0, out=tiled[block])
+            else:
+                tiled[block] = tiles
     return out[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
-def _of_tiles(windows: Tensor, packed: list[Tensor]) -> Tensor:
-    """Inputs (6, 6, N, rows, columns, C) of tiles to their outputs (4, 4, N, rows, columns, C')."""
+def _of_tiles(windows: Tensor, packed: Tensor, buffers: tuple[Tensor, Tensor]) -> Tensor:
+    """Inputs (6, 6, N, rows, columns, C) of tiles to their outputs (4, 4, N, rows, columns, C'), in the buffers."""
     forward, _, back = _matrices()
-    shape = windows.shape[2:5]
-    positions = (forward @ windows.reshape(_IN * _IN, -1)).view(_IN * _IN, shape.numel(), -1)
-    products = windows.new_empty(_IN * _IN, shape.numel(), len(packed[0]))
-    for product, position, matrix in zip(products, positions, packed, strict=True):
-        product.copy_(torch.ops.mkldnn._linear_pointwise(position, matrix, None, "none", [], ""))
-    return (back @ products.flatten(1)).view(_OUT, _OUT, *shape, -1)
+    channels, out_channels = packed.shape[1:]
+    tiles = windows.shape[2:5].numel()
+
+    def within(buffer: Tensor, *shape: int) -> Tensor:
+        return buffer[: math.prod(shape)].view(shape)
+
+    one, two = buffers
+    inputs = within(one, *windows.shape).copy_(windows).view(_IN * _IN, -1)
+    positions = torch.mm(forward, inputs, out=within(two, _IN * _IN, tiles * channels))
+    products = within(one, _IN * _IN, tiles, out_channels)
+    torch.bmm(positions.view(_IN * _IN, tiles, channels), packed, out=products)
+    outputs = torch.mm(back, products.flatten(1), out=within(two, _OUT * _OUT, tiles * out_channels))
+    return outputs.view(_OUT, _OUT, *windows.shape[2:5], out_channels)
 
 
 def _tiles(side: int) -> int:
@@ -121,12 +131,3 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
     kernel, back, forward = evaluate(3), evaluate(_OUT).T.contiguous(), torch.linalg.inv(evaluate(_IN)).T.contiguous()
     return torch.kron(forward, forward).float(), torch.kron(kernel, kernel), torch.kron(back, back).float()
-
-
-@functools.lru_cache(maxsize=1)
-def _works() -> bool:
-    """Whether this PyTorch has the operations, and they compute what they should."""
-    x = torch.arange(30.0).view(1, 2, 3, 5).contiguous(memory_format=torch.channels_last)
-    weight = torch.arange(-18.0, 18.0).view(2, 2, 3, 3)
-    expected = torch.nn.functional.conv2d(x, weight, padding=1)
-    return cpu_maps.computes(lambda: convolve(x, pack(weight), None, relu=False), expected)
