@@ -15,7 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 1 after a mistake in the arguments' values, which is told in one line.
     """
+    from .engine import ask_for_huge_pages
+
     args = build_parser().parse_args(argv)
+    ask_for_huge_pages()
     args.command = shlex.join(["fpn-d2", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args)

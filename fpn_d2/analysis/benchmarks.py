@@ -146,7 +146,8 @@ def _environment(settings: Mapping[str, object]) -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     about = {**environment(torch.device("cpu")), "threads": settings["threads"]}
-    set_here = {name: value for name, value in os.environ.items() if name.startswith("FPN_D2_") and name[7:] != "CACHE"}
+    ours = [name for name in os.environ if name.startswith("FPN_D2_") and name != "FPN_D2_CACHE"]
+    set_here = {name: os.environ[name] for name in (*ours, "THP_MEM_ALLOC_ENABLE") if name in os.environ}
     return {**about, "compiler": _compiler(), "packages": packages, "variables": set_here, "code": _code()}
 
 

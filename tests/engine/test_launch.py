@@ -1,5 +1,9 @@
 """Processes: one, two on a CPU, and what they say when something is wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -11,11 +15,27 @@ from fpn_d2.engine.hooks import validation_losses
 from . import two_processes
 from .small import small_config
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_one_process_is_this_one():
     called = []
     launch(called.append, 1, args=(3,), device="cpu")
     assert called == [3]
+
+
+@pytest.mark.parametrize("set_before", [None, "0"])
+def test_large_tensors_lie_in_huge_pages(monkeypatch, set_before):
+    kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not kernel.exists() or "[madvise]" not in kernel.read_text():
+        pytest.skip("this system gives no huge pages on request: that they are asked for is NOT tested")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", set_before)
+    code = "from fpn_d2.engine import launch; from tests.engine.two_processes import huge_pages; "
+    code += "launch(huge_pages, 1, device='cpu')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 0) == (set_before is None)
 
 
 def test_two_processes_on_a_cpu_train_one_model(tmp_path, scenes):

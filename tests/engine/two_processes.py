@@ -1,6 +1,7 @@
 """What each of two processes runs in the tests of the launcher; importable, since processes are spawned."""
 
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,3 +40,11 @@ def train(cfg, folder):
 def mistake():
     with user_mistakes_end_the_program():
         raise UserError("something the user did")
+
+
+def huge_pages() -> None:
+    """Print how many kB of this process lie in huge pages once it has a large tensor."""
+    kept = torch.ones(1 << 25)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+    del kept

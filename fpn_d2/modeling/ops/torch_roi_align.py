@@ -115,11 +115,11 @@ class _Pairs:
         begins[1:] = torch.bincount(self.table_rows, minlength=num_rows).cumsum(0)
         pair_cells = torch.repeat_interleave(self.begins.diff()).to(integer)
         return F.embedding_bag(
-            pair_cells[order],
+            _take(pair_cells, order),
             cells,
             begins,
             mode="sum",
-            per_sample_weights=self.weights[order],
+            per_sample_weights=_take(self.weights, order),
             include_last_offset=True,
         )
 
@@ -241,15 +241,22 @@ def _products(y: _Taps, x: _Taps, first_row: Tensor, width: int, rois: Tensor) -
         y_counts = y.counts[part, :, None].expand(shape).flatten()
         x_counts = x.counts[part, None, :].expand(shape).flatten()
         cell = torch.repeat_interleave(y_counts)
-        nth = torch.arange(len(cell), device=cell.device) - (y_counts.cumsum(0) - y_counts)[cell]
-        y_tap = y.begins[part, :, None].expand(shape).flatten()[cell] + nth
-        entry_row = y.at[y_tap] * width + first_row[part, None, None].expand(shape).flatten()[cell]
-        entry_counts = x_counts[cell]
+        nth = torch.arange(len(cell), device=cell.device) - _take(y_counts.cumsum(0) - y_counts, cell)
+        y_tap = _take(y.begins[part, :, None].expand(shape).flatten(), cell) + nth
+        entry_row = _take(y.at, y_tap) * width + _take(first_row[part, None, None].expand(shape).flatten(), cell)
+        entry_counts = _take(x_counts, cell)
         entry_begins = entry_counts.cumsum(0) - entry_counts
-        x_offset = (x.begins[part, None, :].expand(shape).flatten()[cell] - entry_begins).to(integer)
+        x_offset = (_take(x.begins[part, None, :].expand(shape).flatten(), cell) - entry_begins).to(integer)
         entry = torch.repeat_interleave(entry_counts)
-        x_tap = x_offset[entry] + torch.arange(len(entry), dtype=integer, device=cell.device)
+        x_tap = _take(x_offset, entry) + torch.arange(len(entry), dtype=integer, device=cell.device)
         begins = torch.zeros(len(y_counts) + 1, dtype=integer, device=cell.device)
         begins[1:] = (y_counts * x_counts).cumsum(0)
-        yield _Pairs(rois[part], begins, entry_row[entry] + x.at[x_tap], y.weights[y_tap][entry] * x.weights[x_tap])
+        table_rows = _take(entry_row, entry) + _take(x.at, x_tap)
+        weights = _take(_take(y.weights, y_tap), entry) * _take(x.weights, x_tap)
+        yield _Pairs(rois[part], begins, table_rows, weights)
         begin = end
+
+
+def _take(values: Tensor, at: Tensor) -> Tensor:
+    """``values[at]`` of one axis; on a CPU several times as fast."""
+    return values.index_select(0, at)
