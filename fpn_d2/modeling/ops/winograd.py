@@ -146,7 +146,9 @@ class _Convolution(torch.autograd.Function):
         if wants_weight:
             of_weight = scaled(_weight_gradient(x, gradient), scale).to(weight.dtype)
         if wants_bias:
-            of_bias = gradient.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+            # In parts: PyTorch turns all that it sums into float32 first.
+            cells = gradient.permute(0, 2, 3, 1).flatten(0, 2).split(4096)
+            of_bias = sum(part.sum(0, dtype=torch.float32) for part in cells).to(ctx.bias_dtype)
         return of_x, of_weight, of_bias, None
 
 
