@@ -14,6 +14,8 @@ OPTIMIZERS = ("SGD", "AdamW")
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build Detectron2's SGD, or AdamW (Loshchilov and Hutter, ICLR 2019) from the same keys.
 
+    On a CPU and with MODEL.NUMERICS "fast", SGD takes its step in one pass, which rounds otherwise.
+
     AdamW reads BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and CLIP_GRADIENTS.
 
     Raises:
@@ -22,7 +24,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     name = cfg.SOLVER.OPTIMIZER
     if name not in OPTIMIZERS:
         raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
-    if name == "SGD":
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if name == "SGD" and not (on_cpu and cfg.MODEL.NUMERICS == "fast"):
         return solver.build_optimizer(cfg, model)
     groups = get_default_optimizer_params(
         model,
@@ -32,10 +35,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
-    adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    # One pass over the parameters instead of a dozen. Not on a GPU: there a fused step undoes the loss scaling itself,
+    options = {"lr": cfg.SOLVER.BASE_LR}
+    if name == "SGD":
+        options.update(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+    optimizer = maybe_add_gradient_clipping(cfg, getattr(torch.optim, name))
+    # One pass over the parameters instead of several. Not on a GPU: there a fused step undoes the loss scaling itself,
     # after gradients were clipped that were still scaled.
-    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
-        with contextlib.suppress(RuntimeError):  # before torch 2.4 for GPUs only
-            return adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
-    return adamw(groups, lr=cfg.SOLVER.BASE_LR)
+    if on_cpu:
+        with contextlib.suppress(RuntimeError, TypeError):  # before torch 2.4 for GPUs only
+            return optimizer(groups, **options, fused=True)
+    return optimizer(groups, **options)
