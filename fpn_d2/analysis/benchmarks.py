@@ -23,6 +23,7 @@ from tqdm import tqdm
 import fpn_d2
 from fpn_d2.engine import UserError
 from fpn_d2.engine.checkpoint import write_atomically
+from fpn_d2.engine.launch import HUGE_PAGES
 from fpn_d2.modeling.ops.compiled import find_compiler
 
 from .benchmark_line import Timing
@@ -147,7 +148,7 @@ def _environment(settings: Mapping[str, object]) -> dict:
             packages[name] = importlib.metadata.version(name)
     about = {**environment(torch.device("cpu")), "threads": settings["threads"]}
     ours = [name for name in os.environ if name.startswith("FPN_D2_") and name != "FPN_D2_CACHE"]
-    set_here = {name: os.environ[name] for name in (*ours, "THP_MEM_ALLOC_ENABLE") if name in os.environ}
+    set_here = {name: os.environ[name] for name in (*ours, HUGE_PAGES) if name in os.environ}
     return {**about, "compiler": _compiler(), "packages": packages, "variables": set_here, "code": _code()}
 
 

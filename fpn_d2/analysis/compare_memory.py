@@ -45,12 +45,13 @@ def peak_in_child(task: dict) -> float | str:
     """MB by which a model raises the peak of a fresh process' resident memory; or, in words, why that is not known.
 
     Args:
-        task: see :func:`measure`.
+        task: see :func:`measure`; "variables", where there are any, are set in the environment of the process.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
+        environment = child_environment() | task.get("variables", {})
         command = [sys.executable, "-m", "fpn_d2.analysis.compare_memory", json.dumps(task | {"result": str(result)})]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode or not result.exists():
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             return f"the process that measures it ended with {done.returncode}: {last}"

@@ -14,6 +14,9 @@ from detectron2.utils import comm
 
 from .errors import UserError
 
+# The environment variable of PyTorch's that puts large tensors into huge pages.
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+
 
 def launch(
     main_func: Callable,
@@ -78,7 +81,7 @@ def ask_for_huge_pages() -> None:
     megabytes of it in each step. PyTorch looks at the environment variable ``THP_MEM_ALLOC_ENABLE`` with its first
     large tensor: who has set it is left alone, "0" switches it off.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def _free_port() -> int:

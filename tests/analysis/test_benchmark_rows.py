@@ -229,17 +229,19 @@ def test_training_memory(config, monkeypatch):
 
     def peak(task):
         asked.append(task["opts"])
-        return "it ran out" if "True" in task["opts"] else 100.0 - 2 * ("FPNRPN" == task["opts"][-3])
+        huge_pages = task["variables"] == {"THP_MEM_ALLOC_ENABLE": "1"}
+        return "it ran out" if "True" in task["opts"] else 100.0 - 2 * huge_pages - ("RPN" not in task["opts"])
 
     monkeypatch.setattr(benchmark_detector, "peak_in_child", peak)
     monkeypatch.setattr(benchmark_detector, "_has", lambda cfg, key: False)
-    full, half, *checkpointed = benchmark_detector.training_memory(Timing(2, 0), config=config, opts=FAST)
-    assert full["ratio"]["median"] == 0.98 and full["ratio"]["n"] == 2 and full["unit"] == "MB"
+    pages, full, half, *checkpointed = benchmark_detector.training_memory(Timing(2, 0), config=config, opts=FAST)
+    assert pages["ratio"]["median"] == 0.98
+    assert full["ratio"]["median"] == 0.97 and full["ratio"]["n"] == 2 and full["unit"] == "MB"
     assert half == {"ours": "bfloat16", "not_measured": "it ran out"}
     assert all("no gradient checkpointing" in one["not_measured"] for one in checkpointed)
-    assert len(asked) == 6 and all(opts[-2:] == ["MODEL.DEVICE", "cpu"] for opts in asked)
+    assert len(asked) == 8 and all(opts[-2:] == ["MODEL.DEVICE", "cpu"] for opts in asked)
     assert (
-        asked[0][: len(FAST)] == FAST and "StandardROIHeads" in asked[0] and asked[1] == [*FAST, "MODEL.DEVICE", "cpu"]
+        asked[0][: len(FAST)] == FAST and "StandardROIHeads" in asked[0] and asked[2] == [*FAST, "MODEL.DEVICE", "cpu"]
     )
     monkeypatch.setattr(benchmark_detector, "_has", lambda cfg, key: True)
     asked.clear()

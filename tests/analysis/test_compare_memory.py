@@ -33,11 +33,11 @@ def test_memory_of_a_model_in_this_process(tmp_path):
 
 def test_a_child_that_fails_is_told_in_words(tmp_path, monkeypatch):
     broken = tmp_path / "python"
-    broken.write_text('#!/bin/sh\necho first >&2\necho "out of memory in $PYTHONPATH" >&2\nexit 3\n')
+    broken.write_text('#!/bin/sh\necho first >&2\necho "out of $MEMORY in $PYTHONPATH" >&2\nexit 3\n')
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
-    told = compare_memory.peak_in_child({})
+    told = compare_memory.peak_in_child({"variables": {"MEMORY": "memory"}})
     # This fpn_d2, also where it is not installed.
     here = Path(fpn_d2.__file__).resolve().parents[1]
     assert told == f"the process that measures it ended with 3: out of memory in {here}{os.pathsep}/theirs"
