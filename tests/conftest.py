@@ -10,6 +10,8 @@ import torch
 
 # What is compiled is kept with the other caches of the tests, not in the user's.
 os.environ.setdefault("FPN_D2_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+# A test of the command line would switch it on for others in the same process, whose peak of memory is looked at.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
 
 
 @pytest.fixture(autouse=True)
