@@ -1,5 +1,6 @@
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,16 @@ def test_scenes_are_made_as_asked_for(tmp_path, capsys):
     parameters = json.loads((tmp_path / "set" / "scenes.json").read_text())
     expected = {"train": 3, "val": 2, "image_size": 64, "seed": 7, "min_size": 9, "max_size": 30, "max_objects": 4}
     assert {**parameters, **expected, "empty": 0.5} == parameters
+
+
+@pytest.mark.parametrize("set_before", [None, "0"])
+def test_large_tensors_lie_in_huge_pages_unless_asked_otherwise(tmp_path, capsys, monkeypatch, set_before):
+    """What PyTorch makes of the variable: tests/engine/test_launch.py."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # so that what the command sets is undone
+    if set_before is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    assert cli.main(["scenes", "--output", str(tmp_path), "--train", "1", "--val", "1", "--image-size", "64"]) == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (set_before or "1")
 
 
 def test_overwrite(tmp_path, capsys):

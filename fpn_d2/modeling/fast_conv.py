@@ -54,7 +54,8 @@ class FastConv2d(Conv2d):
                 if torch.is_grad_enabled():
                     scale, bias = folded_scale(self) if frozen else (None, self.bias)
                     return _then(winograd.conv3x3(x, self.weight, bias, scale), relu, add)
-                packed, bias = self._kept("compiled", frozen, winograd.pack)
+                factors = winograd.factor_dtype(x)
+                packed, bias = self._kept(f"compiled, {factors}", frozen, lambda weight: winograd.pack(weight, factors))
                 return _then(winograd.convolve(x, packed, bias, relu and add is None), relu, add)
             if torch_winograd.pays(x, self.weight, self.bias):
                 packed, bias = self._kept("torch", frozen, torch_winograd.pack)

@@ -117,8 +117,9 @@ def test_other_settings_versions_or_code_are_measured_again(tmp_path, three_rows
     assert asked(**more) == ["two"]
     monkeypatch.setattr(benchmarks, "_code", lambda: "other")
     assert asked(**more) == ["one", "two", "three"] and asked(**more) == []
-    monkeypatch.setenv("FPN_D2_ROI_ALIGN", "torch")
-    assert asked(**more) == ["one", "two", "three"]
+    for variable, value in (("FPN_D2_ROI_ALIGN", "torch"), ("THP_MEM_ALLOC_ENABLE", "other")):
+        monkeypatch.setenv(variable, value)
+        assert asked(**more) == ["one", "two", "three"] and asked(**more) == []
 
 
 def test_most_rounds_of_a_row(tmp_path, three_rows):

@@ -17,6 +17,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -61,11 +64,15 @@ inline BFloat16 narrow(float value, BFloat16*) {  // to nearest, ties to even; a
 }
 // The same for a vector.
 template <> inline void store<BFloat16, Float16>(BFloat16* to, Float16 v) {
+#ifdef __AVX512BF16__
+    const __m256bh half = _mm512_cvtneps_pbh(__m512(v));
+#else
     Bits16 bits;
     std::memcpy(&bits, &v, sizeof(v));
     const Bits16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Bits16 nan = Bits16((bits & 0x7fffffffu) > 0x7f800000u);
     const Half16 half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Half16);
+#endif
     std::memcpy(to, &half, sizeof(half));
 }
 
@@ -150,7 +157,7 @@ class Workspace {
     }
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
-    float* get() const { return block_.memory; }
+    template <typename E = float> E* get() const { return reinterpret_cast<E*>(block_.memory); }
 
   private:
     static constexpr std::align_val_t kPage{size_t(2) << 20};

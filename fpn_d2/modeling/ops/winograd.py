@@ -34,7 +34,7 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *[
             (name, ctypes.c_int64)
-            for name in "num_images height width in_channels out_channels num_threads relu".split()
+            for name in "num_images height width in_channels out_channels num_threads relu in_bfloat16".split()
         ],
         *[(name, ctypes.c_void_p) for name in "input packed weights strides bias output weight_gradient".split()],
     ]
@@ -44,7 +44,7 @@ class _Problem(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """Return the compiled library, see :func:`.compiled.load`; None also where this processor gains nothing by it."""
     loaded = load(SOURCE)
-    if loaded is None or not loaded.winograd_pays():
+    if loaded is None or not loaded.winograd_pays(False):
         return None
     for name in ("convolve", "weight_gradient"):
         for kind in ("float32", "bfloat16"):
@@ -79,14 +79,17 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (x.dtype == weight.dtype if autocast is None else autocast in DTYPES)
         and cpu_maps.is_on()
         and library() is not None
+        and library().winograd_pays((autocast or x.dtype) == torch.bfloat16)
     )
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.conv2d(x, weight, bias, padding=1)``, within float rounding, by minimal filtering.
 
-    Maps in bfloat16 are summed in float32. Where an input is infinite or NaN, so are outputs, or they are NaN; outputs
-    of the same tile, up to three cells further, may be NaN too. There is no second derivative.
+    Maps in bfloat16 are summed in float32; where the processor multiplies bfloat16 (AVX512_BF16), the transformed maps
+    and weights are rounded to it, at an error of about 1 % of the size of the outputs. Where an input is infinite or
+    NaN, so are outputs, or they are NaN; outputs of the same tile, up to three cells further, may be NaN too. There is
+    no second derivative.
 
     Args:
         x: (N, C, H, W) for which :func:`pays` holds.
@@ -116,11 +119,17 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tens
     return _convolve(x, packed.numel() // (36 * x.shape[1]), bias, relu=relu, packed=packed)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Transform weights (C', C, 3, 3) to 36 matrices of C' x C, in the order in which they are read."""
+def factor_dtype(x: Tensor) -> torch.dtype:
+    """The type of what is multiplied for a map: bfloat16 if the map is, and the processor multiplies it."""
+    dtype = cpu_maps.autocast_dtype("cpu") or x.dtype
+    return dtype if dtype == torch.bfloat16 and library().winograd_has_bfloat16() else torch.float32
+
+
+def pack(weight: Tensor, factors: torch.dtype) -> Tensor:
+    """Transform weights (C', C, 3, 3) to 36 matrices of C' x C, of type ``factors``, in the order of reading."""
     weight = weight.detach().float()
-    packed = torch.empty(36 * weight.shape[0] * weight.shape[1])
-    problem, strides = _problem(None, weight, None)
+    packed = torch.empty(36 * weight.shape[0] * weight.shape[1], dtype=factors)
+    problem, strides = _problem(None, weight, None, factors)
     problem.in_channels, problem.out_channels = weight.shape[1], weight.shape[0]
     _run("winograd_pack", problem, packed.data_ptr())
     del strides  # alive until here
@@ -169,7 +178,7 @@ def _convolve(
     out = torch.empty((images, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     weight = None if weight is None else weight.detach().float()
     bias = None if bias is None else bias.detach().float().contiguous()
-    problem, strides = _problem(x, weight, out)
+    problem, strides = _problem(x, weight, out, factor_dtype(x) if packed is None else packed.dtype)
     problem.relu, problem.bias = relu, None if bias is None else bias.data_ptr()
     problem.packed = None if packed is None else packed.data_ptr()
     _run(f"winograd_convolve_{_name(x)}", problem)
@@ -180,16 +189,18 @@ def _convolve(
 def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     out_channels, channels = gradient.shape[1], x.shape[1]
     result = torch.empty((3, 3, channels, out_channels))
-    problem, strides = _problem(x, None, gradient)
+    problem, strides = _problem(x, None, gradient, factor_dtype(x))
     problem.weight_gradient = result.data_ptr()
     _run(f"winograd_weight_gradient_{_name(x)}", problem)
     del strides
     return result.permute(3, 2, 0, 1)
 
 
-def _problem(x: Tensor | None, weight: Tensor | None, out: Tensor | None) -> tuple[_Problem, object]:
+def _problem(
+    x: Tensor | None, weight: Tensor | None, out: Tensor | None, factors: torch.dtype
+) -> tuple[_Problem, object]:
     """The problem, and what has to stay alive while it is worked on."""
-    problem = _Problem(num_threads=torch.get_num_threads())
+    problem = _Problem(num_threads=torch.get_num_threads(), in_bfloat16=factors == torch.bfloat16)
     if x is not None:
         problem.num_images, problem.in_channels, problem.height, problem.width = x.shape
         problem.input, problem.output, problem.out_channels = x.data_ptr(), out.data_ptr(), out.shape[1]
