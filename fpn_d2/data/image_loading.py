@@ -55,11 +55,12 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
 
 
 def to_chw(image: np.ndarray) -> torch.Tensor:
-    """Copy an image of shape (height, width, channels) into a contiguous tensor (channels, height, width).
+    """An image of shape (height, width, channels) as a contiguous tensor (channels, height, width).
 
     Faster for three channels of uint8, a view mirrored from left to right or with its channels in reverse included.
+    An image that lies so in memory already shares it with the tensor.
     """
-    if image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0 or abs(image.strides[2]) != 1:
         return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
     turn, step = (-1 if image.strides[1] < 0 else 1), channel_step(image)
     planes = np.empty((3, *image.shape[:2]), np.uint8)

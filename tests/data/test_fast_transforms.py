@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_d2.data.fast_transforms import FastAugInput, transform_image
+from fpn_d2.data.image_loading import to_chw
 
 
 def pixels(height, width, seed=0, channels=3, extreme=False):
@@ -131,3 +132,51 @@ def test_input_with_boxes_and_stuff():
     ours, theirs = results
     assert abs(ours.image.astype(int) - theirs.image).max() == 1  # not the same path
     assert np.array_equal(ours.boxes, theirs.boxes) and np.array_equal(ours.sem_seg, theirs.sem_seg)
+
+
+CHAINS = {
+    "mirrored": [T.ResizeTransform(30, 40, 61, 83), T.HFlipTransform(83)],
+    "mirrored twice": [T.ResizeTransform(30, 40, 61, 83), T.HFlipTransform(83), T.HFlipTransform(83)],
+    "in between nothing": [T.ResizeTransform(30, 40, 61, 83), T.NoOpTransform(), T.HFlipTransform(83)],
+    "in between turned over": [T.ResizeTransform(30, 40, 61, 83), T.VFlipTransform(61), T.HFlipTransform(83)],
+    "in between a part": [T.ResizeTransform(30, 40, 61, 83), T.CropTransform(5, 6, 50, 40), T.HFlipTransform(50)],
+    "in between enlarged again": [
+        *[T.ResizeTransform(30, 40, 61, 83), T.ResizeTransform(61, 83, 70, 90), T.HFlipTransform(90)]
+    ],
+    "not enlarged": [T.HFlipTransform(40), T.ResizeTransform(30, 40, 20, 20), T.HFlipTransform(20)],
+    "then brighter": [T.ResizeTransform(30, 40, 61, 83), T.HFlipTransform(83), T.BlendTransform(0, 0.2, 0.9)],
+    "then turned": [T.ResizeTransform(30, 40, 61, 83), T.HFlipTransform(83), T.RotationTransform(61, 83, 17)],
+}
+
+
+@pytest.mark.parametrize("step", [1, -1], ids=["as read", "channels reversed"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_follows_an_enlarged_image(chain, step):
+    """Each is mirrored once, whether in place or not, and an image that was handed over is never written to."""
+    given = pixels(30, 40)
+    kept, seen = given.copy(), FastAugInput(given[:, :, ::step])
+    for transform in CHAINS[chain]:
+        seen.transform(transform)
+    # To the bit: what Detectron2's transforms make of what was enlarged here.
+    expected = given[:, :, ::step]
+    for transform in CHAINS[chain]:
+        enlarge = isinstance(transform, T.ResizeTransform)
+        image = np.ascontiguousarray(expected)
+        expected = transform_image(transform, image) if enlarge else transform.apply_image(image)
+    assert np.array_equal(seen.image, expected) and np.array_equal(given, kept)
+
+
+def test_mirroring_leaves_an_image_of_somebody_elses_alone():
+    planes = pixels(61, 83).transpose(2, 0, 1).copy()
+    seen = FastAugInput(pixels(30, 40))
+    seen.transform(T.ResizeTransform(30, 40, 61, 83))
+    seen.image = planes.transpose(1, 2, 0)  # as an augmentation may do
+    before = planes.copy()
+    seen.transform(T.HFlipTransform(83))
+    assert np.array_equal(planes, before) and np.array_equal(seen.image, before.transpose(1, 2, 0)[:, ::-1])
+
+
+def test_the_models_input_is_what_was_enlarged():
+    seen = FastAugInput(pixels(30, 40))
+    seen.transform(T.ResizeTransform(30, 40, 61, 83))
+    assert np.shares_memory(to_chw(seen.image).numpy(), seen.image)

@@ -182,6 +182,11 @@ VIEWS = {
     "one channel": lambda image: image[:, :, :1],
     "four channels": lambda image: np.concatenate([image, image[:, :, :1]], axis=2),
     "float": lambda image: image / 255.0,
+    "channel by channel": lambda image: np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0),
+    "channel by channel, mirrored": lambda image: np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)[
+        :, ::-1
+    ],
+    "channel by channel, part": lambda image: np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)[2:9, 3:11],
     "read-only": lambda image: np.frombuffer(image.tobytes(), np.uint8).reshape(image.shape),
 }
 

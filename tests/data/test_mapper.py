@@ -194,10 +194,10 @@ def test_what_is_trained_on_is_resized_fast_and_what_is_evaluated_on_is_not(phot
     calls = []
     resize = cv2.resize
     monkeypatch.setattr(cv2, "resize", lambda *args, **kwargs: calls.append(1) or resize(*args, **kwargs))
-    for is_train, expected in ((True, 1), (False, 0)):
+    for is_train, channels in ((True, 3), (False, 0)):
         calls.clear()
         TrainingMapper(is_train, augmentations=[T.Resize((90, 120))], image_format="BGR")(photograph)
-        assert len(calls) == expected
+        assert len(calls) == channels
 
 
 def test_a_subclass_may_transform_annotations_itself(tmp_path, record):
