@@ -142,8 +142,8 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
 
     # ---- Numerics ---------------------------------------------------------------------------------------------
     # "fast": faster operations, whose results differ from Detectron2's by float32 rounding (1e-5 relative), and images
-    # to train on that, where enlarged, differ by at most one grey level; "exact": Detectron2's own operations, the same
-    # bits on a CPU. Neither lowers the precision.
+    # to train on that, where enlarged without a C++ compiler, differ by at most one grey level; "exact": Detectron2's
+    # own operations, the same bits on a CPU. Neither lowers the precision.
     new.MODEL.NUMERICS = "fast"
 
     # ---- Weights ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from fpn_d2.data import textures
+from fpn_d2.data.fast_transforms import enlarges_to_the_bit
 from fpn_d2.data.mapper import TrainingMapper
 from fpn_d2.engine.coco_evaluation import FastCOCOEvaluator, fast_evaluation_is_there
 
@@ -27,7 +28,7 @@ from .timing import stopwatch
 
 _JPEG_QUALITY = 90
 _OBJECTS = 7  # of an image, as in COCO
-_GREY_LEVELS = 1  # by which the fast way may differ
+_GREY_LEVELS, _PLACE = 1, 1e-3  # by which the fast way may differ: pixels where OpenCV enlarges, and boxes in pixels
 _SAME_FIGURE = 1e-9  # the order in which percentages are added up shows in the last bit of a float64
 _SIZE = (480, 640)
 
@@ -59,7 +60,10 @@ def loading(
         ours: dict[str, Ours | str] = {}
         for name, cfg in cfgs.items():
             mapper = TrainingMapper(cfg, True)
-            checks = _loading_checks(_mapped(stock, records), _mapped(mapper, records), exact=name == "exact")
+            theirs, mine = list(_mapped(stock, records)), list(_mapped(mapper, records))
+            exact = name == "exact"
+            levels = 0 if exact or enlarges_to_the_bit() else _GREY_LEVELS
+            checks = _loading_checks(theirs, mine, levels, place=0 if exact else _PLACE)
             ours[f"MODEL.NUMERICS {name}"] = Ours(_mapping(mapper, records), checks)
         kilobytes = sum(Path(record["file_name"]).stat().st_size for record in records) / images / 1000
         lines = time_lines(_mapping(stock, records), ours, timing, stopwatch(time.process_time))
@@ -104,18 +108,22 @@ def _boxes(rng: np.random.Generator, number: int, size: tuple[int, int]) -> np.n
     return np.concatenate([start, start + sides], axis=1)
 
 
-def _mapping(mapper: Callable[[dict], dict], records: list[dict]) -> Callable[[], list[dict]]:
-    return lambda: _mapped(mapper, records)
+def _mapping(mapper: Callable[[dict], dict], records: list[dict]) -> Callable[[], None]:
+    def call() -> None:
+        for _ in _mapped(mapper, records):  # handed on one by one, as a worker does
+            pass
+
+    return call
 
 
-def _mapped(mapper: Callable[[dict], dict], records: list[dict]) -> list[dict]:
+def _mapped(mapper: Callable[[dict], dict], records: list[dict]) -> Iterator[dict]:
     np.random.seed(0)  # the same images are flipped
     random.seed(0)
     torch.manual_seed(0)
-    return [mapper(record) for record in records]
+    return map(mapper, records)
 
 
-def _loading_checks(theirs: list[dict], ours: list[dict], exact: bool) -> list[Check]:
+def _loading_checks(theirs: list[dict], ours: list[dict], levels: int, place: float) -> list[Check]:
     pixels, corners = 0.0, 0.0
     for a, b in zip(theirs, ours, strict=True):
         boxes = [one["instances"].gt_boxes.tensor for one in (a, b)]
@@ -123,7 +131,6 @@ def _loading_checks(theirs: list[dict], ours: list[dict], exact: bool) -> list[C
             raise ValueError(f"images of {tuple(a['image'].shape)} and {tuple(b['image'].shape)}, or other boxes")
         pixels = max(pixels, float((a["image"].int() - b["image"].int()).abs().max()))
         corners = max(corners, float((boxes[0] - boxes[1]).abs().max()) if len(boxes[0]) else 0.0)
-    levels, place = (0, 0) if exact else (_GREY_LEVELS, 1e-3)
     return [
         Check("images", pixels, levels, "grey level", pixels <= levels),
         Check("boxes", corners, place, "px", corners <= place),

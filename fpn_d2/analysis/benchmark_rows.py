@@ -65,8 +65,9 @@ def _rows() -> list[Row]:
         rows.append(Row(f"training-{dtype}", text, training, {"dtype": dtype, **step}))
     text = "peak memory of training steps, 2 images of 480 x 640"
     rows.append(Row("training-memory", text, training_memory, step, unit="MB", most_rounds=3))
-    settings = {"images": 16, "size": (480, 640), "short_side": 800}
-    rows.append(Row("loading", "reading, resizing and flipping images, 480 x 640 to 800, one core", loading, settings))
+    settings, text = {"images": 16, "size": (480, 640), "short_side": 800}, "reading, resizing and flipping images"
+    for kind, where, variables in (("", "one core", {}), ("-no-compiler", "one core, without a compiler", NO_COMPILER)):
+        rows.append(Row(f"loading{kind}", f"{text}, 480 x 640 to 800, {where}", loading, settings, variables))
     settings = {"images": 1000, "classes": 80, "detections": 100}
     rows.append(Row("evaluation", "COCO's figures of 1000 images, 80 classes", evaluation, settings, most_rounds=5))
     return rows

@@ -1,4 +1,4 @@
-"""Enlarging of images as Detectron2's ``ResizeTransform`` does it, sooner, and to within one grey level.
+"""Enlarging of images as Detectron2's ``ResizeTransform`` does it, sooner: in compiled code to the bit, else by OpenCV.
 
 Detectron2 resizes with Pillow. Where an image grows, its "bilinear" is linear interpolation, rounded to 8 bits between
 rows and columns and again at the end, so that the result is at most 1 from the exact value. OpenCV's ``INTER_LINEAR``
@@ -17,6 +17,7 @@ from detectron2.data import transforms as T
 from fvcore.transforms.transform import Transform, TransformList
 from PIL import Image
 
+from . import enlarge
 from .image_loading import channel_step
 
 # Beyond, the single precision of OpenCV's positions in the image would use up what is left of the bound.
@@ -47,7 +48,7 @@ class FastAugInput(T.AugInput):
 
 
 def transform_image(transform: Transform, image: np.ndarray) -> np.ndarray:
-    """``transform.apply_image(image)``, within one grey level where it enlarges and the same to the bit elsewhere.
+    """``transform.apply_image(image)``: the same to the bit, or within one grey level where OpenCV enlarges.
 
     Faster for bilinear enlarging of uint8 images of 1 or 3 channels. Whatever else it is, a subclass of
     ``ResizeTransform`` too, is applied by its own method.
@@ -66,11 +67,18 @@ def transform_image(transform: Transform, image: np.ndarray) -> np.ndarray:
     if not _enlarges(transform, image):
         return transform.apply_image(image)
     # Each channel by itself, into memory of PyTorch's: the model's input, channels first, is then there without a copy.
-    step = channel_step(image)  # OpenCV would copy a view of BGR as RGB
-    planes = torch.empty((image.shape[2], transform.new_h, transform.new_w), dtype=torch.uint8).numpy()
-    for channel, plane in zip(cv2.split(image[:, :, ::step]), planes[::step], strict=True):
-        cv2.resize(channel, (transform.new_w, transform.new_h), dst=plane, interpolation=cv2.INTER_LINEAR)
+    planes = enlarge.enlarge(image, transform.new_h, transform.new_w)
+    if planes is None:
+        step = channel_step(image)  # OpenCV would copy a view of BGR as RGB
+        planes = torch.empty((image.shape[2], transform.new_h, transform.new_w), dtype=torch.uint8).numpy()
+        for channel, plane in zip(cv2.split(image[:, :, ::step]), planes[::step], strict=True):
+            cv2.resize(channel, (transform.new_w, transform.new_h), dst=plane, interpolation=cv2.INTER_LINEAR)
     return planes.transpose(1, 2, 0)
+
+
+def enlarges_to_the_bit() -> bool:
+    """Whether what is enlarged has Detectron2's bits: there is compiled code for it."""
+    return enlarge.library() is not None
 
 
 def _enlarges(transform: Transform, image: np.ndarray) -> bool:

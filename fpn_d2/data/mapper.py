@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 from fpn_d2.modeling.numerics import is_fast
 
 from .box_annotations import instances_of_boxes
-from .fast_transforms import FastAugInput
+from .fast_transforms import FastAugInput, enlarges_to_the_bit
 from .image_loading import read_image, to_chw
 
 # Weights of red, green and blue in the luma of ITU-R BT.601, as Pillow and Detectron2 take them.
@@ -63,11 +63,11 @@ class ColorJitter(T.Augmentation):
 class TrainingMapper(DatasetMapper):
     """Detectron2's ``DatasetMapper``, sooner, with ``INPUT.VERTICAL_FLIP`` and ``INPUT.COLOR_JITTER``.
 
-    With both keys off it gives just what Detectron2's own gives, from the same random numbers, with one exception:
-    unless ``exact``, images to train on that are enlarged come out within one grey level of it. (An augmentation after
-    that which raises the contrast, as the colour jitter may, raises the difference too.) All else is the same to the
-    bit: images to evaluate on, boxes, masks, keypoints, proposals. An image that is missing, broken or of another size
-    than its record says ends in one sentence that names the file.
+    With both keys off it gives just what Detectron2's own gives, to the bit and from the same random numbers, with one
+    exception: without a compiler, and unless ``exact``, images to train on that are enlarged come out within one grey
+    level of it. (An augmentation after that which raises the contrast, as the colour jitter may, raises the difference
+    too.) An image that is missing, broken or of another size than its record says ends in one sentence that names the
+    file.
     """
 
     @configurable
@@ -80,6 +80,8 @@ class TrainingMapper(DatasetMapper):
         """
         super().__init__(is_train, **kwargs)
         self.exact = exact
+        if not exact:
+            enlarges_to_the_bit()  # is built here, not in each worker of a data loader
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -127,8 +129,8 @@ class TrainingMapper(DatasetMapper):
         stuff_file = record.pop("sem_seg_file_name", None)
         stuff = None if stuff_file is None else read_image(stuff_file, "L").squeeze(2)
 
-        # What is evaluated on is resized by Detectron2's own code: detections are to be the same.
-        seen = (FastAugInput if self.is_train else T.AugInput)(image, sem_seg=stuff)
+        # What is evaluated on has Detectron2's bits: detections are to be the same.
+        seen = (FastAugInput if self.is_train or enlarges_to_the_bit() else T.AugInput)(image, sem_seg=stuff)
         transforms = self.augmentations(seen)
         size = seen.image.shape[:2]
         record["image"] = to_chw(seen.image)

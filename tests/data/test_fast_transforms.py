@@ -1,4 +1,7 @@
-"""Against Detectron2's own transforms: within one grey level where an image grows, the same bits everywhere else."""
+"""Against Detectron2's own transforms: within one grey level where OpenCV enlarges, the same bits everywhere else.
+
+What is enlarged by compiled code has the same bits too: test_enlarge.py.
+"""
 
 import cv2
 import numpy as np
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fpn_d2.data import enlarge, fast_transforms
 from fpn_d2.data.fast_transforms import FastAugInput, transform_image
 from fpn_d2.data.image_loading import to_chw
 
@@ -22,6 +26,12 @@ def difference(transform, image):
     ours, theirs = transform_image(transform, image.copy()), transform.apply_image(image.copy())
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return abs(ours.astype(float) - theirs.astype(float)).max(initial=0)
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_code(monkeypatch):
+    monkeypatch.setattr(enlarge, "library", lambda: None)
+    assert not fast_transforms.enlarges_to_the_bit()
 
 
 @pytest.fixture

@@ -169,6 +169,10 @@ def test_pillow_reads_where_the_decoders_differ(tmp_path, monkeypatch):
         image_loading._decoders_agree.cache_clear()
 
 
+def by_channel(image):
+    return np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)
+
+
 VIEWS = {
     "plain": lambda image: image,
     "reversed channels": lambda image: image[:, :, ::-1],
@@ -182,11 +186,9 @@ VIEWS = {
     "one channel": lambda image: image[:, :, :1],
     "four channels": lambda image: np.concatenate([image, image[:, :, :1]], axis=2),
     "float": lambda image: image / 255.0,
-    "channel by channel": lambda image: np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0),
-    "channel by channel, mirrored": lambda image: np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)[
-        :, ::-1
-    ],
-    "channel by channel, part": lambda image: np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)[2:9, 3:11],
+    "channel by channel": lambda image: by_channel(image),
+    "channel by channel, mirrored": lambda image: by_channel(image)[:, ::-1],
+    "channel by channel, part": lambda image: by_channel(image)[2:9, 3:11],
     "read-only": lambda image: np.frombuffer(image.tobytes(), np.uint8).reshape(image.shape),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fpn_d2.data import TrainingMapper
+from fpn_d2.data import TrainingMapper, enlarge
 from fpn_d2.data.mapper import ColorJitter
 
 from .small_sets import HEIGHT, WIDTH, config, write_image
@@ -190,7 +190,20 @@ def test_formats(photograph, image_format, is_train):
     same(TrainingMapper(is_train, exact=True, **settings)(photograph), DatasetMapper(is_train, **settings)(photograph))
 
 
-def test_what_is_trained_on_is_resized_fast_and_what_is_evaluated_on_is_not(photograph, monkeypatch):
+def test_compiled_code_enlarges_to_the_bit_for_training_and_evaluation(photograph, monkeypatch):
+    if enlarge.library() is None:
+        pytest.skip("no C++ compiler on this machine: its enlarging of images is NOT tested")
+    calls, real = [], enlarge.enlarge
+    monkeypatch.setattr(enlarge, "enlarge", lambda *args: calls.append(1) or real(*args))
+    for is_train in (True, False):
+        calls.clear()
+        arguments = {"augmentations": [T.Resize((90, 120))], "image_format": "BGR"}
+        ours = TrainingMapper(is_train, **arguments)(photograph)["image"]
+        assert len(calls) == 1 and torch.equal(ours, DatasetMapper(is_train, **arguments)(photograph)["image"])
+
+
+def test_without_it_opencv_enlarges_for_training_and_pillow_for_evaluation(photograph, monkeypatch):
+    monkeypatch.setattr(enlarge, "library", lambda: None)
     calls = []
     resize = cv2.resize
     monkeypatch.setattr(cv2, "resize", lambda *args, **kwargs: calls.append(1) or resize(*args, **kwargs))

@@ -32,7 +32,7 @@ _COMPILE_SECONDS = 300  # of ours a few; ziglang first builds its own C++ librar
 
 @dataclass(frozen=True)
 class Source:
-    """A C++ source beside this file.
+    """A C++ source.
 
     Args:
         path: the source; it may include the headers in its folder.
@@ -58,7 +58,7 @@ def load(source: Source) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(f"{source.does} runs {source.otherwise}, not compiled: {_first_line(error)}")
         return None
-    if start := _openmp():
+    if hasattr(loaded, "use_openmp") and (start := _openmp()):  # cpu_kernels.h has it
         loaded.use_openmp(start)
     logger.info(f"{source.does} runs compiled: {'built' if built else 'found'} {path}")
     return loaded

@@ -6,8 +6,8 @@
 //   weights     dg = G^T [ sum over tiles of (A dY A^T) * (B^T d B) ] G
 //   input       the forward one, of dY with the weights turned round and in and out exchanged
 //
-// The products of one of the 36 positions, over all tiles and channels, are a matrix product: of float32, or for maps in
-// bfloat16 of factors rounded to bfloat16, summed in float32, where the processor has that operation.
+// The products of one of the 36 positions, over all tiles and channels, are a matrix product: of float32, or, for maps
+// in bfloat16, of factors rounded to bfloat16, summed in float32, where the processor has that operation.
 //
 // Every number is summed in the same order whatever the number of threads. Compile with -ffp-contract=fast.
 
@@ -237,8 +237,8 @@ template <typename T, typename E> void gradient_of_weights(const Problem& p) {
 }  // namespace
 
 extern "C" {
-// Whether it is worth while on this processor, for maps in bfloat16 if `bfloat16`: one that multiplies whole matrices of
-// them (AMX) is faster without.
+// Whether it is worth while on this processor, for maps in bfloat16 if `bfloat16`: one that multiplies whole matrices
+// of them (AMX) is faster without.
 int64_t winograd_pays(int64_t bfloat16) {
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__ARM_NEON)
 #ifdef __AMX_BF16__

@@ -1,8 +1,8 @@
-// The transforms of minimal filtering F(4x4, 3x3), of tiles of maps and of weights; winograd_cpu.cpp multiplies between them.
+// The transforms of minimal filtering F(4x4, 3x3), of tiles of maps and of weights; winograd_cpu.cpp multiplies between.
 //
-// The points at which the polynomials are evaluated are 0, infinity, +-a and +-2a with a close to the square root of 1/2.
-// There the rounding error in float32 is about 5 times that of the sum itself; with the usual 0, +-1, +-2 it is 10 to 15
-// times. Factors in bfloat16 make an error of about 1 % of the size of the outputs, where those have 0.2 % of their own.
+// The points at which the polynomials are evaluated are 0, infinity, +-a and +-2a with a close to the square root of
+// 1/2. There the rounding error in float32 is about 5 times that of the sum itself; with the usual 0, +-1, +-2 it is 10
+// to 15 times. Factors in bfloat16 make an error of about 1 % of the size of the outputs, whose own rounding is 0.2 %.
 
 #pragma once
 
