@@ -80,7 +80,7 @@ def flat(node: CfgNode, prefix: str = "") -> dict:
 def test_the_families_are_there():
     assert BASES == ["Base-FPN.yaml"]
     kinds = {load(name).MODEL.META_ARCHITECTURE for name in LEAVES}
-    assert kinds == {"GeneralizedRCNN", "RetinaNet", "TorchvisionRetinaNet", "ProposalNetwork", "PanopticFPN"}
+    assert kinds == {"GeneralizedRCNN", "FPNRetinaNet", "TorchvisionRetinaNet", "ProposalNetwork", "PanopticFPN"}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -146,6 +146,7 @@ def test_equals_its_twin_in_the_zoo(name):
         assert theirs.pop("MODEL.BACKBONE.NAME") in ("build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
         heads = theirs.pop("MODEL.ROI_HEADS.NAME")
     if theirs["MODEL.META_ARCHITECTURE"] == "RetinaNet":
+        assert ours.pop("MODEL.META_ARCHITECTURE") == "FPNRetinaNet" and theirs.pop("MODEL.META_ARCHITECTURE")
         # The one base sets these for two-stage detectors; RetinaNet reads none of them.
         unread = ("MODEL.RPN.", "MODEL.ROI_HEADS.", "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD.")
         ours = {key: value for key, value in ours.items() if not key.startswith(unread)}

@@ -36,6 +36,7 @@ _READ_BY = {
     "PanopticFPN": ("PROPOSALS", "ROI", "SEM_SEG"),
     "SemanticSegmentor": ("SEM_SEG",),
     "RetinaNet": ("ANCHORS",),
+    "FPNRetinaNet": ("ANCHORS",),
     "TorchvisionRetinaNet": ("ANCHORS",),
 }
 _OPTIONS = {
@@ -144,7 +145,7 @@ def _check_values(cfg: CfgNode) -> None:
         values["MODEL.FPN.NORM"] = _norms()
     if "PROPOSALS" in read and model.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN", "FPNRPN"):
         values["MODEL.RPN.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
-    if model.META_ARCHITECTURE in ("RetinaNet", "TorchvisionRetinaNet"):
+    if model.META_ARCHITECTURE.endswith("RetinaNet"):
         values["MODEL.RETINANET.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES
     if "ROI" in read and model.ROI_HEADS.NAME in ("Res5ROIHeads", *_POOLING_HEADS):
         values["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE"] = _BOX_LOSSES

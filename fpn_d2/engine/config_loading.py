@@ -193,7 +193,8 @@ def _settle_num_classes(cfg: CfgNode, probe: CfgNode) -> None:
     names = class_names(cfg)
     if not names:  # nothing but stuff to segment
         return
-    used = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
+    used = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
+    used |= dict.fromkeys(("RetinaNet", "FPNRetinaNet", "TorchvisionRetinaNet"), "RETINANET")
     for section in ("ROI_HEADS", "RETINANET"):
         value = probe.MODEL[section].NUM_CLASSES
         if value == _LEFT_OPEN:

@@ -8,7 +8,7 @@ from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
 from .necks import FPN, NASFPN, NECK_REGISTRY, PAFPN, BiFPN, ImagePyramid, Neck, SimpleFeaturePyramid, build_neck
 from .poolers import CombiningROIPooler, PyramidROIPooler, build_pooler
-from .retinanet import TorchvisionRetinaNet
+from .retinanet import FPNRetinaNet, TorchvisionRetinaNet
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
 from .rpn import FPNRPN
 
@@ -26,6 +26,7 @@ __all__ = [
     "FPNBoxPredictor",
     "FPNCascadeROIHeads",
     "FPNROIHeads",
+    "FPNRetinaNet",
     "HybridResNetViT",
     "ImagePyramid",
     "Neck",

@@ -1,4 +1,4 @@
-"""RetinaNet as torchvision runs it: boxes are cut at the image's border before overlaps are judged."""
+"""RetinaNet with faster operations, and as torchvision runs it, which cuts boxes at the border before suppression."""
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
@@ -6,9 +6,29 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Instances
 from torch import nn
 
+from .numerics import is_fast, speed_up
+
 
 @META_ARCH_REGISTRY.register()
-class TorchvisionRetinaNet(RetinaNet):
+class FPNRetinaNet(RetinaNet):
+    """Detectron2's ``RetinaNet`` whose head takes faster operations too, unless ``MODEL.NUMERICS`` is exact."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        """Take the arguments of Detectron2's ``RetinaNet``."""
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Read what ``RetinaNet`` reads, and ``cfg.MODEL.NUMERICS``."""
+        args = super().from_config(cfg)
+        if is_fast(cfg):
+            speed_up(args["head"], cfg.MODEL.DEVICE)
+        return args
+
+
+@META_ARCH_REGISTRY.register()
+class TorchvisionRetinaNet(FPNRetinaNet):
     """Detectron2's ``RetinaNet`` with torchvision's two differences, for detectors that were trained there.
 
     Boxes are clipped to the image before non-maximum suppression, not behind it. And the head's norm may be GN, which
@@ -32,6 +52,8 @@ class TorchvisionRetinaNet(RetinaNet):
         shapes = args["backbone"].output_shape()
         head_args = RetinaNetHead.from_config(plain, [shapes[name] for name in args["head_in_features"]])
         args["head"] = RetinaNetHead(**head_args | {"norm": _group_norm})
+        if is_fast(cfg):
+            speed_up(args["head"], cfg.MODEL.DEVICE)
         return args
 
     def _decode_per_level_predictions(self, *args, **kwargs) -> Instances:

@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from .box_predictor import FPNBoxPredictor
-from .numerics import is_fast
+from .numerics import is_fast, speed_up
 from .ops.linear import use_onednn
 from .poolers import build_pooler, extracted_channels
 from .sampling import sample_proposals
@@ -68,7 +68,10 @@ class _PyramidPoolers:
                 )
         args["exact"] = not is_fast(cfg)
         if not args["exact"]:
-            for head in ("box_head", "box_heads", "box_predictor", "box_predictors"):
+            for head in ("box_head", "box_heads", "mask_head"):
+                for module in _modules(args.get(head)):
+                    speed_up(module, cfg.MODEL.DEVICE)
+            for head in ("box_predictor", "box_predictors"):
                 for module in _modules(args.get(head)):
                     use_onednn(module)
             for key in {"box_predictor", "box_predictors"} & set(args):

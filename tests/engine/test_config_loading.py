@@ -10,6 +10,9 @@ from fpn_d2.engine import UserError, load_config
 
 from .small import data_keys, small_config, write_config
 
+SECTIONS = [("GeneralizedRCNN", "ROI_HEADS")]
+SECTIONS += [(name, "RETINANET") for name in ("RetinaNet", "FPNRetinaNet", "TorchvisionRetinaNet")]
+
 
 def _file(folder, text):
     path = folder / "c.yaml"
@@ -91,7 +94,7 @@ def test_the_number_of_classes_is_taken_from_the_data(tmp_path, scenes):
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == len(names)
 
 
-@pytest.mark.parametrize(("meta", "section"), [("GeneralizedRCNN", "ROI_HEADS"), ("RetinaNet", "RETINANET")])
+@pytest.mark.parametrize(("meta", "section"), SECTIONS)
 def test_a_number_of_classes_that_contradicts_the_data_is_refused(tmp_path, scenes, meta, section):
     # 80 is also Detectron2's default: written down it counts.
     opts = ["MODEL.META_ARCHITECTURE", meta, f"MODEL.{section}.NUM_CLASSES", 80]

@@ -129,8 +129,9 @@ def test_builder_refuses(key, value, message):
 
 
 def test_auto_top_block():
-    retina = config(MODEL__META_ARCHITECTURE="RetinaNet")
-    assert list(build_backbone(retina).output_shape())[-2:] == ["p6", "p7"]
+    for name in ("RetinaNet", "FPNRetinaNet", "TorchvisionRetinaNet"):
+        retina = config(MODEL__META_ARCHITECTURE=name)
+        assert list(build_backbone(retina).output_shape())[-2:] == ["p6", "p7"]
     assert list(build_backbone(config()).output_shape())[-1] == "p6"
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from fpn_d2.modeling.fast_conv import FastConv2d
 from fpn_d2.modeling.numerics import speed_up
+from fpn_d2.modeling.ops import cpu_maps
 from fpn_d2.modeling.ops.linear import OneDNNLinear
 from tests.batches import random_batch, seed_everything
 from tests.modeling.test_roi_heads import config
@@ -28,13 +29,30 @@ def build(numerics, norm="FrozenBN", *options):
     return cfg, model
 
 
+HEADS = ["MODEL.ROI_HEADS.NAME", "FPNROIHeads"]
+AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+CONVOLUTIONS = ["MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.CONV_DIM", 32]
+RETINANET = [
+    *["MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]],
+    *["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"], "MODEL.FPN.TOP_BLOCK", "maxpool"],
+]
+MODELS = {
+    "FPNROIHeads": [*HEADS, *AGNOSTIC],
+    "FPNCascadeROIHeads": ["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", *AGNOSTIC],
+    "masks": [*HEADS, "MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2, *CONVOLUTIONS],
+    "key points": [*HEADS, "MODEL.KEYPOINT_ON", True],
+    "FPNRetinaNet": ["MODEL.META_ARCHITECTURE", "FPNRetinaNet", *RETINANET],
+    "TorchvisionRetinaNet": ["MODEL.META_ARCHITECTURE", "TorchvisionRetinaNet", *RETINANET],
+}
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
-@pytest.mark.parametrize("heads", ["FPNROIHeads", "FPNCascadeROIHeads"])
-def test_fast_trains_as_exact_does(norm, heads):
+@pytest.mark.parametrize("kind", MODELS)
+def test_fast_trains_as_exact_does(norm, kind):
     losses, gradients = [], []
     for numerics in ("exact", "fast"):
-        agnostic = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
-        cfg, model = build(numerics, norm, "MODEL.ROI_HEADS.NAME", heads, *agnostic)
+        norms = ["MODEL.RETINANET.NORM", "GN"] if (norm, kind) == ("GN", "TorchvisionRetinaNet") else []
+        cfg, model = build(numerics, norm, *MODELS[kind], *norms)
         batch = random_batch(cfg)
         seed_everything()
         found = model(batch)
@@ -46,7 +64,7 @@ def test_fast_trains_as_exact_does(norm, heads):
         torch.testing.assert_close(losses[1][name], exact, rtol=1e-4, atol=1e-5)
     for name, exact in gradients[0].items():
         scale = float(exact.abs().max())
-        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-3, atol=1e-4 * max(scale, 1e-3), msg=name)
+        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-3, atol=5e-4 * max(scale, 1e-3), msg=name)
 
 
 def test_fast_is_fast_and_exact_is_detectron2s():
@@ -64,6 +82,26 @@ def test_fast_is_fast_and_exact_is_detectron2s():
     x = torch.randn(1, 3, 64, 96)
     assert fast.backbone(x)["p3"].is_contiguous(memory_format=torch.channels_last)
     assert exact.backbone(x)["p3"].is_contiguous()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_convolution_is_fast(kind):
+    for numerics in ("fast", "exact"):
+        _, model = build(numerics, "FrozenBN", "MODEL.PROPOSAL_GENERATOR.NAME", "FPNRPN", *MODELS[kind])
+        found = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        # Detectron2's loss of key points asks for maps that are channels-first.
+        found = {name for name in found if "keypoint_head" not in name}
+        fast = {name for name, module in model.named_modules() if isinstance(module, FastConv2d)}
+        assert fast == (found if numerics == "fast" else set())
+
+
+def test_a_mask_head_computes_on_maps_that_are_channels_last():
+    cfg, model = build("fast", "FrozenBN", *MODELS["masks"])
+    seen = []
+    for module in (model.roi_heads.mask_head.mask_fcn2, model.roi_heads.box_head.conv2):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(cpu_maps.is_channels_last(inputs[0])))
+    model(random_batch(cfg))
+    assert seen == [True, True]
 
 
 def test_group_norm_stays_channels_first():

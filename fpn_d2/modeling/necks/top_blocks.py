@@ -122,4 +122,4 @@ def top_block_of(cfg: CfgNode) -> str:
     name = cfg.MODEL.FPN.TOP_BLOCK
     if name != "auto":
         return name
-    return "p6p7_c5" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "maxpool"
+    return "p6p7_c5" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "maxpool"
