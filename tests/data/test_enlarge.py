@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_d2.data import enlarge, fast_transforms
+from fpn_d2.modeling.ops.compiled import load
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _needs_library():
-    if enlarge.library() is None:
-        pytest.skip("no C++ compiler on this machine, or another Pillow: compiled enlarging is NOT tested")
+    loaded = load(enlarge.SOURCE)
+    if loaded is None or not loaded.enlarge_lanes():
+        pytest.skip("no C++ compiler on this machine, or short vectors: compiled enlarging is NOT tested")
+    assert enlarge.library() is not None, "not the bits of this Pillow"
 
 
 def pixels(height, width, seed=0, channels=3, extreme=False):
@@ -157,6 +160,12 @@ def test_narrower_vectors(flag, lanes, tmp_path, monkeypatch):
         assert planes is None if lanes is None else np.array_equal(planes, by_pillow(image, 64, 83))
     finally:
         enlarge.library.cache_clear()
+
+
+def test_no_memory_is_an_error(monkeypatch):
+    monkeypatch.setattr(enlarge.library(), "enlarge_image", lambda problem: 1)
+    with pytest.raises(MemoryError, match="too little memory"):
+        enlarge.enlarge(pixels(7, 19), 20, 30)
 
 
 def test_a_pillow_with_other_bits_is_left_to_itself(monkeypatch):

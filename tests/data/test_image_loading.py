@@ -203,3 +203,6 @@ def test_to_chw(view):
     if view == "plain":
         tensor.zero_()
         assert np.array_equal(image, before)  # it was a copy
+    if view == "channel by channel":
+        tensor.zero_()
+        assert not image.any()  # it was none

@@ -202,6 +202,15 @@ def test_compiled_code_enlarges_to_the_bit_for_training_and_evaluation(photograp
         assert len(calls) == 1 and torch.equal(ours, DatasetMapper(is_train, **arguments)(photograph)["image"])
 
 
+def test_what_is_compiled_is_compiled_before_there_are_workers(monkeypatch):
+    calls = []
+    monkeypatch.setattr(enlarge, "library", lambda: calls.append(1))
+    TrainingMapper(True, exact=True, augmentations=[], image_format="BGR")
+    assert not calls
+    TrainingMapper(True, augmentations=[], image_format="BGR")
+    assert calls
+
+
 def test_without_it_opencv_enlarges_for_training_and_pillow_for_evaluation(photograph, monkeypatch):
     monkeypatch.setattr(enlarge, "library", lambda: None)
     calls = []

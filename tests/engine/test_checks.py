@@ -48,6 +48,7 @@ WRONG_VALUES = [
     ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smoothl1", "smooth_l1", ()),
     ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "g_iou", "giou", ()),
     ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "g_iou", "giou", ("MODEL.META_ARCHITECTURE", "RetinaNet")),
+    ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "g_iou", "giou", ("MODEL.META_ARCHITECTURE", "FPNRetinaNet")),
     ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "values", "value", ("SOLVER.CLIP_GRADIENTS.ENABLED", True)),
     ("INPUT.MASK_FORMAT", "polygons", "polygon", ("MODEL.MASK_ON", True)),
 ]

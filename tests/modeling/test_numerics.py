@@ -38,11 +38,12 @@ RETINANET = [
 ]
 MODELS = {
     "FPNROIHeads": [*HEADS, *AGNOSTIC],
-    "FPNCascadeROIHeads": ["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", *AGNOSTIC],
+    "FPNCascadeROIHeads": ["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", *AGNOSTIC, *CONVOLUTIONS],
     "masks": [*HEADS, "MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2, *CONVOLUTIONS],
     "key points": [*HEADS, "MODEL.KEYPOINT_ON", True],
     "FPNRetinaNet": ["MODEL.META_ARCHITECTURE", "FPNRetinaNet", *RETINANET],
     "TorchvisionRetinaNet": ["MODEL.META_ARCHITECTURE", "TorchvisionRetinaNet", *RETINANET],
+    "its GN": ["MODEL.META_ARCHITECTURE", "TorchvisionRetinaNet", *RETINANET, "MODEL.RETINANET.NORM", "GN"],
 }
 
 
@@ -51,8 +52,7 @@ MODELS = {
 def test_fast_trains_as_exact_does(norm, kind):
     losses, gradients = [], []
     for numerics in ("exact", "fast"):
-        norms = ["MODEL.RETINANET.NORM", "GN"] if (norm, kind) == ("GN", "TorchvisionRetinaNet") else []
-        cfg, model = build(numerics, norm, *MODELS[kind], *norms)
+        cfg, model = build(numerics, norm, *MODELS[kind])
         batch = random_batch(cfg)
         seed_everything()
         found = model(batch)
@@ -64,7 +64,7 @@ def test_fast_trains_as_exact_does(norm, kind):
         torch.testing.assert_close(losses[1][name], exact, rtol=1e-4, atol=1e-5)
     for name, exact in gradients[0].items():
         scale = float(exact.abs().max())
-        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-3, atol=5e-4 * max(scale, 1e-3), msg=name)
+        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-3, atol=5e-4 * max(scale, 1e-2), msg=name)
 
 
 def test_fast_is_fast_and_exact_is_detectron2s():

@@ -214,7 +214,6 @@ void transform_both(const Problem& p, const Tiles& tiles, int64_t begin, const T
         if (two) inputs2.transform(c, d2);
         for (int64_t i = 0; i < kPositions; ++i) store_terms(v + i * v_stride + c, d[i], d2[i]);
     }
-    std::fill(d2, d2 + kPositions, Float16{});
     for (int64_t o = 0; o < p.out_channels; o += kLanes) {
         transform_gradient<T>(p, tile, o, d);
         if (two) transform_gradient<T>(p, second, o, d2);
