@@ -1,6 +1,6 @@
 """RetinaNet with faster operations, and as torchvision runs it, which cuts boxes at the border before suppression."""
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Instances
@@ -12,11 +12,6 @@ from .numerics import is_fast, speed_up
 @META_ARCH_REGISTRY.register()
 class FPNRetinaNet(RetinaNet):
     """Detectron2's ``RetinaNet`` whose head takes faster operations too, unless ``MODEL.NUMERICS`` is exact."""
-
-    @configurable
-    def __init__(self, **kwargs):
-        """Take the arguments of Detectron2's ``RetinaNet``."""
-        super().__init__(**kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -34,11 +29,6 @@ class TorchvisionRetinaNet(FPNRetinaNet):
     Boxes are clipped to the image before non-maximum suppression, not behind it. And the head's norm may be GN, which
     v0.6 of Detectron2 cannot build.
     """
-
-    @configurable
-    def __init__(self, **kwargs):
-        """Take the arguments of Detectron2's ``RetinaNet``."""
-        super().__init__(**kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
