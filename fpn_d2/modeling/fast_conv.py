@@ -61,7 +61,7 @@ class FastConv2d(Conv2d):
                 packed, bias = self._kept("torch", frozen, torch_winograd.pack)
                 return _then(torch_winograd.convolve(x, packed, bias, relu and add is None), relu, add)
         if onednn_conv.pays(x, self.weight, self.bias, geometry):
-            packed, bias = self._kept("oneDNN", frozen, lambda weight: onednn_conv.pack(weight, x, geometry))
+            packed, bias = self._kept("oneDNN", frozen, lambda weight: onednn_conv.pack(weight, x.shape, geometry))
             return onednn_conv.convolve(x, packed, bias, geometry, relu, add)
         return _then(self._direct(x, frozen, geometry), relu, add)
 

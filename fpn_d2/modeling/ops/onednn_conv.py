@@ -6,6 +6,7 @@ has one thread, and each operation after it reads and writes all of the output a
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,15 +38,14 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> 
         and not torch.is_grad_enabled()
         and cpu_maps.autocast_dtype("cpu") is None
         and cpu_maps.is_on()
-        and torch.backends.mkldnn.enabled
-        and _works()
+        and works()
     )
 
 
-def pack(weight: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """Bring weights into oneDNN's layout, the best for maps of the size of ``x``; it is right for others too."""
+def pack(weight: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """Bring weights into oneDNN's layout, the best for maps of the shape (N, C, H, W); it is right for others too."""
     stride, padding, dilation, groups = geometry
-    arguments = (list(padding), list(stride), list(dilation), groups, list(x.shape))
+    arguments = (list(padding), list(stride), list(dilation), groups, list(shape))
     return torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *arguments)
 
 
@@ -82,9 +82,27 @@ def convolve(
     return binary(x, add, *arguments, "add", 1.0, last if relu else None, [], "")
 
 
+def accumulate(x: Tensor, packed: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """Add the convolution of ``x`` to ``out``, in place.
+
+    Args:
+        x: (N, C, H, W), channels-last, of float32.
+        packed: what :func:`pack` returned.
+        out: (N, C', H', W'), channels-last, of float32.
+        geometry: as for :func:`pack`.
+    """
+    stride, padding, dilation, groups = geometry
+    arguments = (packed, None, list(padding), list(stride), list(dilation), groups)
+    torch.ops.mkldnn._convolution_pointwise_.binary(out, x, *arguments, "add", 1.0, None, [], "")
+
+
+def works() -> bool:
+    """Whether oneDNN is there and on, and this PyTorch has the operations, which compute what they should."""
+    return torch.backends.mkldnn.enabled and _works()
+
+
 @functools.lru_cache(maxsize=1)
 def _works() -> bool:
-    """Whether oneDNN is there and this PyTorch has the operations, and they compute what they should."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.arange(-16.0, 16.0).view(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
@@ -92,10 +110,11 @@ def _works() -> bool:
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     out = torch.nn.functional.conv2d(x, weight, padding=1)
     try:
-        packed = pack(weight, x, geometry)
+        packed = pack(weight, x.shape, geometry)
         plain = convolve(x, packed, None, geometry, relu=False)
         rectified = convolve(x, packed, None, geometry, relu=True, add=x)
+        accumulate(x, packed, sum_ := x.clone(), geometry)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    error = torch.cat([plain - out, rectified - (out + x).relu()])
+    error = torch.cat([plain - out, rectified - (out + x).relu(), sum_ - (out + x)])
     return bool(error.abs().max() < 1e-4 * out.abs().max())

@@ -9,6 +9,7 @@ Both are deterministic.
 Shape legend: M RoIs, L levels, (h, w) cells of a RoI, T taps of an axis, P pairs of a cell and a row of the table.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _MAX_POSITIONS = 1 << 21  # sampling positions worked out at once
-_MAX_PAIRS = 1 << 22  # pairs summed at once
+_MAX_PAIRS = 1 << 22  # pairs of RoIs that are worked out at once
+_MAX_VALUES = 1 << 19  # of cells summed at once: they stay in the processor's cache until they are where they belong
 
 
 def torch_roi_align(
@@ -50,16 +52,9 @@ class _Pool(torch.autograd.Function):
             table = level_map.to(wide).contiguous(memory_format=torch.channels_last)
             table = table.permute(0, 2, 3, 1).reshape(-1, channels)
             for pairs in _pairs(rois.to(wide), rows, level_map.shape, level, settings):
-                cells = F.embedding_bag(
-                    pairs.table_rows,
-                    table,
-                    pairs.begins,
-                    mode="sum",
-                    per_sample_weights=pairs.weights,
-                    include_last_offset=True,
-                )
-                cells = cells.view(-1, *output_size, channels).permute(0, 3, 1, 2)
-                pooled.index_put_((pairs.rois,), cells.to(dtype))
+                for part_rois, cells in pairs.sum_by_cell(table, math.prod(output_size)):
+                    cells = cells.view(-1, *output_size, channels).permute(0, 3, 1, 2)
+                    pooled.index_put_((part_rois,), cells.to(dtype))
                 saved.append((level, pairs))
         pooled[torch.nonzero(~torch.isfinite(rois).all(dim=1))[:, 0]] = torch.nan
         ctx.map_shapes, ctx.output_size = [level_map.shape for level_map in maps], output_size
@@ -106,6 +101,27 @@ class _Pairs:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.rois, self.begins, self.table_rows, self.weights
+
+    def sum_by_cell(self, table: Tensor, num_cells: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some of the RoIs and their cells, (R' * h * w, C): the rows of the table times their weights."""
+        part = max(1, _MAX_VALUES // (num_cells * table.shape[1]))
+        ends = self.begins[num_cells * part :: num_cells * part].tolist()
+        ends += [len(self.table_rows)] * (len(ends) * part < len(self.rois))
+        begin = 0
+        for i, end in enumerate(ends):
+            cells = slice(i * part * num_cells, (i + 1) * part * num_cells + 1)
+            yield (
+                self.rois[i * part : (i + 1) * part],
+                F.embedding_bag(
+                    self.table_rows[begin:end],
+                    table,
+                    self.begins[cells] - begin,
+                    mode="sum",
+                    per_sample_weights=self.weights[begin:end],
+                    include_last_offset=True,
+                ),
+            )
+            begin = end
 
     def sum_by_table_row(self, cells: Tensor, num_rows: int) -> Tensor:
         """From (R * h * w, C) cells, return (num_rows, C): for each row of the table, its cells times their weights."""

@@ -59,7 +59,7 @@ def test_values(kernel, geometry, added, relu, dtype, bias):
         add = add if added == "float64" else add.to(dtype)
         add = add.contiguous(memory_format=torch.channels_last if added == "channels-last" else torch.contiguous_format)
     before = None if add is None else add.clone()
-    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x, geometry), offset, geometry, relu, add)
+    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x.shape, geometry), offset, geometry, relu, add)
     expected = expected_of(x, weight, offset, geometry, relu, add)
     assert out.dtype == dtype and out.shape == expected.shape
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def test_values(kernel, geometry, added, relu, dtype, bias):
 @pytest.mark.parametrize("images", [1, 5])
 def test_packed_for_another_size(size, images):
     small, weight, bias = case(3, SAME, torch.float32)
-    packed = onednn_conv.pack(weight, small, SAME)
+    packed = onednn_conv.pack(weight, small.shape, SAME)
     x = case(3, SAME, torch.float32, size=size, images=images)[0]
     expected = expected_of(x, weight, bias, SAME, True, None)
     torch.testing.assert_close(onednn_conv.convolve(x, packed, bias, SAME, True).double(), expected, rtol=0, atol=1e-5)
@@ -81,15 +81,26 @@ def test_packed_for_another_size(size, images):
 def test_a_sum_of_the_wrong_shape_is_refused(stride, width):
     geometry = ((stride, stride), *POINTWISE[1:])
     x, weight, bias = case(1, geometry, torch.float32)
-    packed = onednn_conv.pack(weight, x, geometry)
+    packed = onednn_conv.pack(weight, x.shape, geometry)
     with pytest.raises(RuntimeError, match="size"):
         onednn_conv.convolve(x, packed, bias, geometry, True, torch.zeros(2, 40, 9, width))
+
+
+@pytest.mark.parametrize("tiles", [1, 17, 64, 200])
+@pytest.mark.parametrize("groups", [1, 36])
+def test_in_place(groups, tiles):
+    geometry = ((1, 1), (0, 0), (1, 1), groups)
+    x, weight, _ = case(1, geometry, torch.float32, channels=8 * groups, out_channels=16 * groups, size=(1, tiles))
+    out = torch.randn(2, 16 * groups, 1, tiles).contiguous(memory_format=torch.channels_last)
+    expected = expected_of(x, weight, None, geometry, False, out)
+    onednn_conv.accumulate(x, onednn_conv.pack(weight, (1, 8 * groups, 1, 256), geometry), out, geometry)
+    assert (out - expected).abs().max() <= ROUNDING[torch.float32] * expected.abs().max()
 
 
 def test_nan_and_infinity_are_not_lost():
     x, weight, bias = case(1, POINTWISE, torch.float32)
     x[0, 0, 3, 4], x[1, 0, 5, 6] = float("inf"), float("nan")
-    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x, POINTWISE), bias, POINTWISE, False)
+    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x.shape, POINTWISE), bias, POINTWISE, False)
     assert torch.equal(out.isfinite(), expected_of(x, weight, bias, POINTWISE, False, None).isfinite())
 
 
@@ -115,17 +126,22 @@ def test_where_it_pays(monkeypatch):
     assert not onednn_conv.pays(x, weight, bias, POINTWISE)
 
 
-@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers"])
+@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers", "not in place"])
 def test_operations_that_are_not_what_they_were_are_not_used(fault, monkeypatch):
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+
     class Operations:
         if fault != "missing":
 
             def _reorder_convolution_weight(self, weight, *arguments):
                 if fault == "other arguments":
                     raise RuntimeError("expected at most 2 arguments")
-                return weight + 1
+                packed = reorder(weight, *arguments)
+                return weight + 1 if fault == "other numbers" else packed
 
             _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
+            if fault != "not in place":
+                _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
 
     monkeypatch.setattr(torch.ops, "mkldnn", Operations())
     onednn_conv._works.cache_clear()
