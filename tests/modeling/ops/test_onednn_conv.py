@@ -1,5 +1,7 @@
 """Convolution, sum and ReLU in one pass, against the three one after the other in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -122,11 +124,13 @@ def test_where_it_pays(monkeypatch):
         assert not onednn_conv.pays(x, weight, bias, POINTWISE)
     with torch.autocast("cpu", torch.bfloat16):
         assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
     monkeypatch.setenv(cpu_maps.VARIABLE, "direct")
     assert not onednn_conv.pays(x, weight, bias, POINTWISE)
 
 
-@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers", "not in place"])
+@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers", "not in place", "a copy in place"])
 def test_operations_that_are_not_what_they_were_are_not_used(fault, monkeypatch):
     reorder = torch.ops.mkldnn._reorder_convolution_weight
 
@@ -140,7 +144,9 @@ def test_operations_that_are_not_what_they_were_are_not_used(fault, monkeypatch)
                 return weight + 1 if fault == "other numbers" else packed
 
             _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
-            if fault != "not in place":
+            if fault == "a copy in place":
+                _convolution_pointwise_ = SimpleNamespace(binary=lambda out, *arguments: out.clone())
+            elif fault != "not in place":
                 _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
 
     monkeypatch.setattr(torch.ops, "mkldnn", Operations())

@@ -282,6 +282,20 @@ def test_many_rois_in_parts(limit, monkeypatch):
     assert len(parts) > 10 * len(maps)
 
 
+@pytest.mark.parametrize("rois_of_a_part", [0, 1, 3, 13, 100])
+def test_cells_in_parts(rois_of_a_part, monkeypatch):
+    """Each RoI's cells alone, too few values for one, some RoIs left over for the last part, none left over."""
+    arguments = (*random_rois(39), SCALES, (2, 3), 2, True)
+    expected = pyramid_roi_align(make_maps(), *arguments, implementation="torch")
+    assert_close([expected], [slow_roi_align(make_maps(), *arguments)])
+    parts, original = [], torch_roi_align.F.embedding_bag
+    monkeypatch.setattr(torch_roi_align.F, "embedding_bag", lambda *a, **k: parts.append(1) or original(*a, **k))
+    monkeypatch.setattr(torch_roi_align, "_MAX_VALUES", rois_of_a_part * 6 * make_maps()[0].shape[1])
+    assert torch.equal(pyramid_roi_align(make_maps(), *arguments, implementation="torch"), expected)
+    each = max(1, rois_of_a_part)
+    assert len(parts) == sum(-(-int((arguments[1] == level).sum()) // each) for level in range(len(SCALES)))
+
+
 def test_one_level_and_ints_in_a_list(implementation):
     maps = make_maps()[1:2]
     rois, level_indices = edge_rois()
