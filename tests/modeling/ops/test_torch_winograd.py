@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fpn_d2.modeling.ops import cpu_maps, onednn_conv, torch_winograd
+from tests.modeling.ops.test_onednn_conv import need_operations
 from tests.modeling.ops.test_winograd import by_loops, case
 
 ROUNDING = 1e-5
@@ -12,8 +13,7 @@ ROUNDING = 1e-5
 @pytest.fixture(autouse=True)
 def _without_gradients(monkeypatch):
     monkeypatch.delenv(cpu_maps.VARIABLE, raising=False)
-    if not onednn_conv.works():
-        pytest.skip("this PyTorch has no such operations: convolution by minimal filtering in PyTorch is NOT tested")
+    need_operations()
     with torch.no_grad():
         yield
 
