@@ -18,7 +18,7 @@ help:
 	@echo "make benchmarks  measure every part beside Detectron2's own, write the table of docs/benchmarks.md"
 	@echo "make test        the tests, without the slow ones"
 	@echo "make test-all    the tests, all of them"
-	@echo "make lint        check the code's style"
+	@echo "make lint        check the code's style, and that no room uses what stands above it"
 	@echo "make setup       only set up $(VENV) (every target above does so by itself)"
 	@echo "make clean       remove .venv, caches and the quickstart's output"
 	@echo
@@ -49,6 +49,7 @@ test-all: setup
 
 lint: setup
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 clean:
 	rm -rf .venv output/quickstart build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["fpn_d2", "fpn_d2.*"]),
-    package_data={"fpn_d2.analysis": ["*.json"], "fpn_d2.data": ["*.cpp"], "fpn_d2.modeling.ops": ["*.cpp", "*.h"]},
+    package_data={"fpn_d2.analysis.published": ["*.json"], "fpn_d2.native": ["*.cpp", "*.h"]},
     # All of these are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced.
     install_requires=["numpy", "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "tqdm>4.29.0"],
     extras_require={
@@ -31,6 +31,7 @@ setup(
         "test": [
             "faster-coco-eval>=1.6",
             "hypothesis",
+            "import-linter>=2.6",
             "pytest>=7",
             "pytest-xdist>=3.2",
             "ruff",

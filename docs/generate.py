@@ -99,16 +99,16 @@ def replace_part(document: str, name: str, part: str) -> str:
 
 def model_table() -> str:
     """Make the table of everything that is registered, for the image size that detectors on COCO see most often."""
-    from fpn_d2.analysis.components import list_components, show
+    from fpn_d2.analysis.catalogue import list_components, show
 
     return show(list_components(MODEL_SIZE, progress=None), MODEL_SIZE, "markdown")
 
 
 def benchmark_table(folder: str) -> str:
     """Make the table of what ``fpn-d2 benchmark`` has measured in ``folder``."""
-    from fpn_d2.analysis.benchmark_rows import ROWS
-    from fpn_d2.analysis.benchmark_table import show_table
-    from fpn_d2.analysis.benchmarks import read_results
+    from fpn_d2.analysis.benchmark.rows import ROWS
+    from fpn_d2.analysis.benchmark.run import read_results
+    from fpn_d2.analysis.benchmark.table import show_table
 
     return show_table(read_results(folder), ROWS)
 

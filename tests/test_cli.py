@@ -101,7 +101,7 @@ def test_unknown_or_incomplete_command_shows_the_usage(arguments, capsys):
 
 
 def test_convert_torchvision(tmp_path, capsys):
-    from .engine.test_torchvision_names import small_weights
+    from tests.checkpoint.test_torchvision_names import small_weights
 
     source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
     torch.save(small_weights("retinanet", 91), source)
@@ -121,7 +121,7 @@ def test_convert_torchvision(tmp_path, capsys):
 
 
 def test_models(monkeypatch, capsys):
-    from fpn_d2.analysis import components
+    from fpn_d2.analysis import catalogue as components
 
     asked, real = [], components.list_components
 
@@ -146,7 +146,7 @@ def test_models_refuses_what_is_no_size(size, capsys):
 
 
 def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
-    from fpn_d2.analysis import study
+    from fpn_d2.analysis.study import run as study
 
     asked = {}
 
@@ -174,7 +174,7 @@ def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
 
 
 def test_study_has_the_defaults_of_the_function():
-    from fpn_d2.analysis.study import run_study
+    from fpn_d2.analysis.study.run import run_study
 
     args = vars(cli.build_parser().parse_args(["study", "--output", "x"]))
     names = {"train_scenes": "train", "val_scenes": "val"}
@@ -184,7 +184,8 @@ def test_study_has_the_defaults_of_the_function():
 
 
 def test_compare_passes_its_arguments_on(monkeypatch, capsys):
-    from fpn_d2.analysis import compare, compare_report
+    from fpn_d2.analysis.compare import report as compare_report
+    from fpn_d2.analysis.compare import run as compare
 
     taken = []
     monkeypatch.setattr(compare, "run_compare", lambda a, b, plan, command: taken.append((a, b, plan, command)))

@@ -21,8 +21,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from fpn_d2.files import locate
+
 from .coco_check import check_coco
-from .paths import locate
 from .voc_format import read_voc
 
 logger = logging.getLogger(__name__)

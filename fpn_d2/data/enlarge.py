@@ -6,16 +6,15 @@ to 22 bits, stretches the rows, rounds to 8 bits, and does the same with the col
 
 import ctypes
 import functools
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fpn_d2.modeling.ops.compiled import Source, load
+from fpn_d2.native.build import FOLDER, Source, load
 
 SOURCE = Source(
-    Path(__file__).with_name("enlarge_cpu.cpp"), flags=("-O3",), does="Enlarging of images", otherwise="in OpenCV"
+    FOLDER / "enlarge_cpu.cpp", flags=("-O3",), does="Enlarging of images", otherwise="in OpenCV"
 )
 _BITS = 22
 _OFFSETS = 16  # of a block, whether it has as many columns or not
@@ -36,7 +35,7 @@ class _Problem(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled library, see :func:`fpn_d2.modeling.ops.compiled.load`.
+    """The compiled library, see :func:`fpn_d2.native.build.load`.
 
     None as well where this processor gains nothing by it, or this Pillow has other bits.
     """

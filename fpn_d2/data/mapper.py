@@ -13,7 +13,7 @@ from fvcore.transforms.transform import BlendTransform, Transform, TransformList
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from fpn_d2.modeling.numerics import is_fast
+from fpn_d2.fast.apply import is_fast
 
 from .box_annotations import instances_of_boxes
 from .fast_transforms import FastAugInput, enlarges_to_the_bit

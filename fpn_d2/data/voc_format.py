@@ -8,8 +8,9 @@ subtracted from xmin and ymin. Objects marked as difficult are ordinary objects,
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from fpn_d2.files import locate
+
 from .coco_check import image_size
-from .paths import locate
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -1,12 +1,13 @@
 """Training and evaluation: the trainer, its configuration, its checkpoints, and the processes that it runs in."""
 
-from .checkpoint import ReportingCheckpointer
-from .config_loading import load_config
-from .errors import UserError, user_mistakes_end_the_program
-from .evaluators import build_evaluator
+from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
+from fpn_d2.errors import UserError, user_mistakes_end_the_program
+from fpn_d2.evaluation.evaluators import build_evaluator
+from fpn_d2.evaluation.pictures import draw_detections
+from fpn_d2.evaluation.results import results_table
+
 from .launch import ask_for_huge_pages, check_address, launch
-from .pictures import draw_detections
-from .results import results_table
+from .prepare import load_config
 from .run import run
 from .trainer import Trainer
 

@@ -23,10 +23,10 @@ from detectron2.modeling import (
 )
 from detectron2.solver import build as solver_build
 
+from fpn_d2.errors import UserError, did_you_mean, not_found
+from fpn_d2.fast.apply import NUMERICS
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
-from fpn_d2.modeling.numerics import NUMERICS
 
-from .errors import UserError, did_you_mean, not_found
 from .optimizer import OPTIMIZERS
 
 # Registry names that each of Detectron2's own meta-architectures reads; others may read anything.

@@ -21,10 +21,11 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fpn_d2.checkpoint.checkpointer import BEST_MODEL, ReportingCheckpointer
 from fpn_d2.data import TrainingMapper
+from fpn_d2.errors import UserError
+from fpn_d2.files import write_atomically
 
-from .checkpoint import BEST_MODEL, ReportingCheckpointer, write_atomically
-from .errors import UserError
 from .precision import autocast
 
 logger = logging.getLogger(__name__)

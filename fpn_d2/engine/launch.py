@@ -12,7 +12,7 @@ from detectron2 import engine
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from .errors import UserError
+from fpn_d2.errors import UserError
 
 # The environment variable of PyTorch's that puts large tensors into huge pages.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"

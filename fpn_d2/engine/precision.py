@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import nn
 
-from .errors import UserError
+from fpn_d2.errors import UserError
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype | None:

@@ -10,15 +10,15 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.data import register_from_config
+from fpn_d2.errors import UserError, user_mistakes_end_the_program
+from fpn_d2.evaluation.pictures import draw_detections
+from fpn_d2.evaluation.results import ap50, results_table
 
-from .checkpoint import ReportingCheckpointer
 from .checks import check_data_files, check_test_augmentation, check_weight_file
-from .errors import UserError, user_mistakes_end_the_program
-from .pictures import draw_detections
 from .precision import amp_dtype
 from .progress import set_up_logging
-from .results import ap50, results_table
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)

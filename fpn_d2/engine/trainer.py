@@ -18,10 +18,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.data import TrainingMapper
+from fpn_d2.evaluation.evaluators import build_evaluator
 
-from .checkpoint import ReportingCheckpointer
-from .evaluators import build_evaluator
 from .hooks import BestCheckpoint, StopOnInterrupt, ValidationLoss
 from .optimizer import build_optimizer
 from .precision import build_inner_trainer

@@ -11,10 +11,10 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import nn
 
-from fpn_d2.modeling.box_predictor import FPNBoxPredictor
-from fpn_d2.modeling.fast_conv import fuse_norms, use_fast_convolutions
+from fpn_d2.fast.box_predictor import FPNBoxPredictor
+from fpn_d2.fast.convolution import fuse_norms, use_fast_convolutions
+from fpn_d2.fast.linear import use_onednn
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner
-from fpn_d2.modeling.ops.linear import use_onednn
 from fpn_d2.modeling.poolers import CombiningROIPooler, PyramidROIPooler
 from fpn_d2.modeling.rpn import FPNRPN
 

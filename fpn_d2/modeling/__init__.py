@@ -1,9 +1,10 @@
 """The three stops that we own: backbone (bottom-up and neck), level assignment, pooling. Importing registers them."""
 
+from fpn_d2.fast.box_predictor import FPNBoxPredictor
+
 from .anchors import TorchvisionAnchorGenerator
 from .backbone import PyramidBackbone, build_fpn_backbone
 from .bottom_up import HybridResNetViT, RegNetBackbone, TimmBackbone, ViTBackbone, expected_preprocessing
-from .box_predictor import FPNBoxPredictor
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
 from .necks import FPN, NASFPN, NECK_REGISTRY, PAFPN, BiFPN, ImagePyramid, Neck, SimpleFeaturePyramid, build_neck

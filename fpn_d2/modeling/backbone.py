@@ -7,11 +7,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from fpn_d2.fast.apply import is_fast, speed_up
+
 from .bottom_up.checkpointing import checkpoint_stages
 from .bottom_up.timm_backbone import TimmBackbone
 from .bottom_up.vit import ViTBackbone
 from .necks import Neck, build_neck
-from .numerics import is_fast, speed_up
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,11 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpn_d2.fast.apply import is_fast
+from fpn_d2.fast.roi_align import pyramid_roi_align
+
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
-from .numerics import is_fast
-from .ops import pyramid_roi_align
 
 
 class PyramidROIPooler(ROIPooler):
@@ -49,7 +50,7 @@ class PyramidROIPooler(ROIPooler):
             pooler_type: "ROIAlignV2", "ROIAlign", "ROIPool" or "ROIAlignRotated", as in Detectron2.
             assigner: called with the absolute levels, returns what maps the boxes of a batch to level indices.
             exact: pool by Detectron2's own operations, to the bit; otherwise RoIAlign is that of
-                :func:`fpn_d2.modeling.ops.pyramid_roi_align`, which is faster and differs by float32 rounding.
+                :func:`fpn_d2.fast.roi_align.pyramid_roi_align`, which is faster and differs by float32 rounding.
 
         Raises:
             ValueError: an output size is not positive, a stride is not a power of 2, or they do not ascend.

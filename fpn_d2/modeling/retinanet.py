@@ -6,7 +6,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Instances
 from torch import nn
 
-from .numerics import is_fast, speed_up
+from fpn_d2.fast.apply import is_fast, speed_up
 
 
 @META_ARCH_REGISTRY.register()

@@ -13,11 +13,12 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import nn
 
-from .box_predictor import FPNBoxPredictor
-from .numerics import is_fast, speed_up
-from .ops.linear import use_onednn
+from fpn_d2.fast.apply import is_fast, speed_up
+from fpn_d2.fast.box_predictor import FPNBoxPredictor
+from fpn_d2.fast.linear import use_onednn
+from fpn_d2.fast.sampling import sample_proposals
+
 from .poolers import build_pooler, extracted_channels
-from .sampling import sample_proposals
 
 
 class _PyramidPoolers:

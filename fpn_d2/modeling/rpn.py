@@ -15,11 +15,11 @@ from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fast_conv import use_fast_convolutions
-from .numerics import is_fast
-from .proposals import select_proposals
-from .sampling import boxes_of, match, sample
-from .selection import find
+from fpn_d2.fast.apply import is_fast
+from fpn_d2.fast.convolution import use_fast_convolutions
+from fpn_d2.fast.proposals import select_proposals
+from fpn_d2.fast.sampling import boxes_of, match, sample
+from fpn_d2.fast.selection import find
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

@@ -8,7 +8,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from fpn_d2.analysis import parity
-from fpn_d2.analysis.compare_setup import build_pair, random_batch, read_config
+from fpn_d2.analysis.subjects import build_pair, random_batch, read_config
 
 from .small_detectors import RETINANET, STOCK, STOCK_RETINANET, write
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_d2.data import enlarge, fast_transforms
-from fpn_d2.modeling.ops.compiled import load
+from fpn_d2.native.build import load
 
 ROOT = Path(__file__).parents[2]
 

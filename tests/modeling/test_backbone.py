@@ -14,8 +14,8 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.fast.convolution import FastConv2d
 from fpn_d2.modeling import NECK_REGISTRY, Neck, PyramidBackbone
-from fpn_d2.modeling.fast_conv import FastConv2d
 
 
 def config(depth=18, **options):

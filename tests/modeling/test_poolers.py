@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 from fpn_d2.modeling import CanonicalLevelAssigner, PyramidROIPooler
 from fpn_d2.modeling.poolers import _with_image_indices
 from tests.batches import random_boxes
-from tests.modeling.host_waits import DeviceTensor, back, counting
+from tests.fast.host_waits import DeviceTensor, back, counting
 
 # The exact path against the loop: the same operation, the same bits. The fast one: float32 rounding.
 PATHS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])

@@ -1,0 +1,1 @@
+"""Two detectors beside each other: outputs, size, speed, memory, AP."""

@@ -1,0 +1,1 @@
+"""Variants of the pyramid, trained on the same scenes."""

@@ -1,0 +1,142 @@
+"""A checkpointer that says how much of the model a weight file filled, and refuses what does not belong."""
+
+import logging
+import os
+import pickle
+import zipfile
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from fpn_d2.errors import UserError, not_found
+from fpn_d2.files import UNFINISHED, write_atomically
+
+from .report import judge, log_report, report_of
+from .torchvision import convert_torchvision, is_torchvision
+
+logger = logging.getLogger(__name__)
+
+BEST_MODEL = "model_best"
+# Ending of the name of a file that is still being written.
+
+
+class ReportingCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which reads its ``.pkl`` and ``.pth`` files, with a report and a decision.
+
+    After each load it logs how many tensors of each part of the model were filled. What does not fit is judged by
+    ``partial_weights`` (MODEL.PARTIAL_WEIGHTS). Files are written under another name first and then renamed, so that
+    no half-written file is ever taken for a checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        partial_weights: str = "auto",
+        whole: bool = False,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ):
+        """
+        Args:
+            model, save_dir, save_to_disk, checkpointables: As in `DetectionCheckpointer`.
+            partial_weights: "auto", "allow" or "refuse"; see MODEL.PARTIAL_WEIGHTS.
+            whole: Whether "auto" accepts only files that fill the whole model, as an evaluation needs.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self._partial_weights = partial_weights
+        self._whole = whole
+        self._heuristic_names = False
+        self._file = ""
+        # The checkpoint from which --resume would go on with this run; "" as long as there is none.
+        self.latest = ""
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As inherited; a checkpoint to resume from must fill the whole model.
+
+        Raises:
+            UserError: The file does not exist, cannot be read or does not fit.
+        """
+        if not (resume and self.has_checkpoint()):
+            if resume:
+                logger.warning("There is no checkpoint in %s to resume from: starting anew", self.save_dir)
+            return super().resume_or_load(path, resume=False)
+        whole, self._whole = self._whole, True
+        try:
+            rest = super().resume_or_load(path, resume=True)
+            self.latest = self.get_checkpoint_file()
+            return rest
+        finally:
+            self._whole = whole
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not path:
+            if self._whole and self._partial_weights != "allow":
+                raise UserError("there are no weights to evaluate: name a file in MODEL.WEIGHTS, or give --resume")
+            logger.info("MODEL.WEIGHTS is empty: the model starts from random weights")
+            return {}
+        return super().load(self._local(path), *args, **kwargs)
+
+    def _local(self, path: str) -> str:
+        """Fetch ``path`` if it is an address, and check that it is a file; the options after a ``?`` stay."""
+        address, mark, options = path.partition("?")
+        try:
+            local = self.path_manager.get_local_path(os.path.expanduser(address))
+        except Exception as error:  # whatever the handler of that kind of address raises
+            raise UserError(
+                f"could not fetch the weights {address} ({error}): download the file yourself and name its path in "
+                "MODEL.WEIGHTS"
+            ) from error
+        if not os.path.isfile(local):
+            raise UserError(f"no weight file {address}: {not_found(local)}")
+        return local + mark + options
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            loaded = super()._load_file(filename)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+            first = str(error).strip().splitlines()[:1]
+            raise UserError(
+                f"{os.path.abspath(filename)} ({os.path.getsize(filename)} bytes) cannot be read as weights; it may be "
+                f"truncated or of another kind ({type(error).__name__}: {first[0] if first else 'no text'})"
+            ) from error
+        if not isinstance(loaded.get("model"), dict) or not loaded["model"]:
+            raise UserError(f"{os.path.abspath(filename)} holds no weights: its 'model' is empty or no dictionary")
+        if is_torchvision(loaded["model"]):
+            try:
+                weights, known = convert_torchvision(loaded["model"])
+            except UserError as error:
+                raise UserError(f"{os.path.abspath(filename)}: {error}") from None
+            logger.info("%s holds torchvision's %s: converted; its config is %s", filename, known.name, known.config)
+            loaded = {"model": weights}
+        self._heuristic_names = bool(loaded.get("matching_heuristics", False))
+        self._file = filename
+        return loaded
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Called by the inherited `load` with what did not fit: report it, then decide."""
+        report = report_of(self.model, incompatible, self._heuristic_names)
+        log_report(report, self._file)
+        problem = judge(report, self._partial_weights, self._whole)
+        if problem:
+            raise UserError(f"{self._file}: {problem}. MODEL.PARTIAL_WEIGHTS allow loads what fits all the same")
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        # Ends in tag_last_checkpoint, which gives the file its name.
+        super().save(f"{name}{UNFINISHED}" if "://" not in self.save_dir else name, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        final = last_filename_basename.replace(f"{UNFINISHED}.pth", ".pth")
+        if final != last_filename_basename:
+            os.replace(os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, final))
+            logger.info("Saved %s", os.path.join(self.save_dir, final))
+        # The best model is not the latest: --resume goes on from the latest.
+        if final == f"{BEST_MODEL}.pth":
+            return
+        self.latest = os.path.join(self.save_dir, final)
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(final)
+            return
+        write_atomically(os.path.join(self.save_dir, "last_checkpoint"), final)

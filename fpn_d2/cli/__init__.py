@@ -1,0 +1,41 @@
+"""The console script ``fpn-d2``: arguments for the functions of this package, one file a verb, no logic of its own."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from . import benchmark, compare, convert_torchvision, cost_curves, models, scenes, study
+
+VERBS = (scenes, convert_torchvision, models, study, compare, cost_curves, benchmark)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``fpn-d2 <verb> ...``.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if None.
+
+    Returns:
+        Exit code: 0, or 1 after a mistake in the arguments' values, which is told in one line.
+    """
+    from fpn_d2.engine import ask_for_huge_pages
+
+    args = build_parser().parse_args(argv)
+    ask_for_huge_pages()
+    args.command = shlex.join(["fpn-d2", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"fpn-d2 {args.verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all verbs; each verb sets ``run``, which is called with the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="fpn-d2", description="Feature pyramids for Detectron2.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        verb.add(verbs)
+    return parser

@@ -1,0 +1,44 @@
+"""``fpn-d2 study``."""
+
+import argparse
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    """Add the verb to ``fpn-d2``."""
+    text = "Train every variant of the pyramid on the same synthetic scenes and compare them: table.md and study.png."
+    parser = verbs.add_parser("study", help=text, description=f"{text} A study that was stopped goes on where it was.")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for scenes, runs, table and figure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3), metavar="S", help="seeds (1 2 3)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the configs only (all of them)")
+    parser.add_argument("--configs", metavar="DIR", help="folder of the variants' configs (configs/study)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="of each training; as the configs say if not given")
+    parser.add_argument("--train", type=int, default=1000, metavar="N", help="number of training scenes (%(default)s)")
+    parser.add_argument("--val", type=int, default=200, metavar="N", help="number of held-out scenes (%(default)s)")
+    parser.add_argument(
+        "--time-pairs", type=int, default=20, metavar="N", help="training steps whose times are compared (%(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at the same time (%(default)s)")
+    parser.add_argument(
+        "--opts", nargs="+", default=(), metavar="KEY VALUE", help="keys and values for all configs, as SOLVER.BASE_LR"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what was asked for."""
+    from fpn_d2.analysis.study.run import CONFIGS, run_study
+
+    table = run_study(
+        args.output,
+        seeds=args.seeds,
+        variants=args.variants,
+        configs=args.configs or CONFIGS,
+        iterations=args.iterations,
+        train_scenes=args.train,
+        val_scenes=args.val,
+        time_pairs=args.time_pairs,
+        jobs=args.jobs,
+        opts=args.opts,
+    )
+    print(table.read_text())
+    print(f"Table: {table}  figure: {table.parent / 'study.png'}")

@@ -1,0 +1,207 @@
+"""From a YAML file and command-line options to a checked configuration."""
+
+import ast
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.data import class_names, register_from_config
+from fpn_d2.errors import UserError, did_you_mean, not_found
+
+from .checks import check_names
+
+logger = logging.getLogger(__name__)
+
+# No configuration sets a number of classes to this: a value that follows it was left open.
+_LEFT_OPEN = -1
+
+
+def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
+    """Read a configuration: Detectron2's defaults and ours, then the file with its ``_BASE_``, then the options.
+
+    The data sets of DATASETS.COCO_FORMAT and VOC_FORMAT are registered in this process. A number of classes that
+    neither the file nor the options name is taken from the data. MODEL.DEVICE becomes "cpu" where there is no GPU.
+
+    Args:
+        config_file: Path of a YAML file; "" for none.
+        opts: ``[KEY, value, KEY, value, ...]``, values as Python literals or plain strings.
+
+    Returns:
+        The configuration, not frozen.
+
+    Raises:
+        UserError: For a missing or malformed file, an unknown key, a value of the wrong type, a component or data
+            set that does not exist, a number of classes that contradicts the data. The text says what was meant.
+    """
+    opts = [str(o) if not isinstance(o, str) else o for o in (opts or [])]
+    cfg = _merged(_defaults(), config_file, opts)
+    register_from_config(cfg)
+    check_names(cfg)
+    probe = _defaults()
+    for section in ("ROI_HEADS", "RETINANET"):
+        probe.MODEL[section].NUM_CLASSES = _LEFT_OPEN
+    with _said_once():
+        probe = _merged(probe, config_file, opts)
+    _settle_num_classes(cfg, probe)
+    _settle_device(cfg)
+    return cfg
+
+
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_fpn_d2_config(cfg)
+    return cfg
+
+
+def _merged(cfg: CfgNode, config_file: str, opts: list[str]) -> CfgNode:
+    if config_file:
+        _merge_file(cfg, config_file)
+    _merge_options(cfg, opts)
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    if "://" not in path:
+        path = os.path.expanduser(path)
+        if not os.path.isfile(path):
+            raise UserError(f"no configuration file {path}: {not_found(path)}")
+    try:
+        cfg.merge_from_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"a _BASE_ of {path} does not exist: {not_found(str(error.filename))}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} (or its _BASE_) is not valid YAML: {' '.join(str(error).split())}") from None
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(f"{path} (or its _BASE_): {_explain(cfg, error)}") from None
+    except (TypeError, AttributeError):
+        if _is_mapping(path):
+            raise
+        raise UserError(f"{path} holds no KEY: value pairs") from None
+
+
+def _is_mapping(path: str) -> bool:
+    with open(path) as f:
+        return isinstance(yaml.unsafe_load(f), dict)  # as Detectron2 reads it
+
+
+def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
+    switch = next((o for o in opts if o.startswith("--")), None)
+    if switch:
+        raise UserError(f"{switch} stands among the KEY VALUE pairs: put it before them")
+    if len(opts) % 2:
+        hint = " (a space between KEY and VALUE, no =)" if any("=" in o for o in opts[::2]) else ""
+        raise UserError(f"options are KEY VALUE pairs{hint}, but {opts[-1]!r} is left without a partner: {opts}")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if not _has_key(cfg, key) and not cfg.key_is_renamed(key) and not cfg.key_is_deprecated(key):
+            raise UserError(_unknown_key(cfg, key))
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError) as error:
+            raise UserError(_explain(cfg, error)) from None
+
+
+def _has_key(cfg: CfgNode, key: str) -> bool:
+    node = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _explain(cfg: CfgNode, error: Exception) -> str:
+    """Put what yacs says about an unknown key or a wrong type into words for the user."""
+    text = str(error.args[0]) if error.args else str(error)
+    unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
+    if unknown:
+        return _unknown_key(cfg, unknown[1])
+    mismatch = re.match(r"Type mismatch .* with values \(.* vs\. (.*)\) for config key: (\S+)$", text, re.DOTALL)
+    if mismatch:
+        return _wrong_type(cfg, mismatch[2], mismatch[1])
+    return text
+
+
+def _unknown_key(cfg: CfgNode, key: str) -> str:
+    return f"there is no key {key}{did_you_mean(key, _all_keys(cfg))}"
+
+
+def _all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in cfg.items():
+        keys.append(prefix + name)
+        if isinstance(value, CfgNode):
+            keys += _all_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _wrong_type(cfg: CfgNode, key: str, given: str) -> str:
+    default = cfg
+    for part in key.split("."):
+        default = default[part]
+    if isinstance(default, CfgNode):
+        return f"{key} is a section with the keys {', '.join(sorted(default))}; it cannot be set to {given}"
+    expected = f"{key} must be of type {type(default).__name__}, as {default!r} is"
+    try:
+        value = ast.literal_eval(given)
+    except (ValueError, SyntaxError):
+        value = given
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return f"{expected}, not {given}: write {float(value)}"
+    if isinstance(default, (tuple, list)) and isinstance(value, (str, int, float)):
+        return f"{expected}, not {given}: write ({value!r},)"
+    return f"{expected}, not {given}"
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Keep Detectron2 from saying a second time what it says about a file that it reads a second time."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _settle_device(cfg: CfgNode) -> None:
+    try:
+        kind = torch.device(cfg.MODEL.DEVICE).type
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; it must be cpu, cuda or cuda:N ({text})") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        # A warning, since before the log is set up nothing less is shown.
+        logger.warning("No GPU here: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _settle_num_classes(cfg: CfgNode, probe: CfgNode) -> None:
+    """Take the number of classes from the data where it was left open; refuse one that contradicts the data.
+
+    Args:
+        cfg: Changed in place.
+        probe: The same configuration merged over defaults in which the numbers of classes are `_LEFT_OPEN`.
+    """
+    if not (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
+        return
+    names = class_names(cfg)
+    if not names:  # nothing but stuff to segment
+        return
+    used = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
+    used |= dict.fromkeys(("RetinaNet", "FPNRetinaNet", "TorchvisionRetinaNet"), "RETINANET")
+    for section in ("ROI_HEADS", "RETINANET"):
+        value = probe.MODEL[section].NUM_CLASSES
+        if value == _LEFT_OPEN:
+            cfg.MODEL[section].NUM_CLASSES = len(names)
+        elif value != len(names) and used.get(cfg.MODEL.META_ARCHITECTURE) == section:
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise UserError(
+                f"MODEL.{section}.NUM_CLASSES is {value}, but the data has {len(names)} classes ({shown}): "
+                f"set it to {len(names)}, or drop the key and it will be taken from the data"
+            )

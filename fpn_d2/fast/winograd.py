@@ -1,0 +1,220 @@
+"""Convolution on the CPU that computes 3x3 kernels by minimal filtering, with fewer products (``winograd_cpu.cpp``).
+
+Winograd, "Arithmetic complexity of computations", 1980; Lavin and Gray, "Fast algorithms for convolutional neural
+networks", CVPR 2016: F(4x4, 3x3) takes 36 products for each 4 x 4 outputs where the sum as it is written takes 144.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fpn_d2.native.build import FOLDER, Source, load
+
+from . import cpu_maps
+
+SOURCE = Source(
+    FOLDER / "winograd_cpu.cpp",
+    flags=("-O3", "-ffp-contract=fast"),
+    does="3x3 convolution",
+    otherwise="in PyTorch",
+)
+DTYPES = (torch.float32, torch.bfloat16)
+# Vectors are of 16 channels.
+_LANES = 16
+# Below this many tiles of 4 x 4 outputs, transforming the weights takes longer than the products that are saved.
+_MIN_TILES, _MIN_TILES_PACKED = 64, 8
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of the C++ source."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_int64)
+            for name in "num_images height width in_channels out_channels num_threads relu in_bfloat16".split()
+        ],
+        *[(name, ctypes.c_void_p) for name in "input packed weights strides bias output weight_gradient".split()],
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """Return the compiled library, see :func:`.compiled.load`; None also where this processor gains nothing by it."""
+    loaded = load(SOURCE)
+    if loaded is None or not loaded.winograd_pays(False):
+        return None
+    for name in ("convolve", "weight_gradient"):
+        for kind in ("float32", "bfloat16"):
+            function = getattr(loaded, f"winograd_{name}_{kind}")
+            function.argtypes, function.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
+    loaded.winograd_pack.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
+    loaded.winograd_pack.restype = ctypes.c_int64
+    return loaded
+
+
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a 3x3 convolution with stride 1 and padding 1 can run here, and is faster than PyTorch's.
+
+    It can on a CPU, on channels-last maps of float32 or bfloat16 with channels that are multiples of 16, where there is
+    a compiler. The environment variable ``FPN_D2_CONV`` switches it off: "direct".
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C', C, 3, 3).
+        bias: (C',) or None.
+    """
+    if not cpu_maps.is_plain(x, weight, bias):
+        return False
+    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    autocast = cpu_maps.autocast_dtype("cpu")
+    tiles = x.shape[0] * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4)
+    return (
+        tiles >= (_MIN_TILES if torch.is_grad_enabled() else _MIN_TILES_PACKED)
+        and x.shape[1] == weight.shape[1]
+        and weight.shape[0] % _LANES == weight.shape[1] % _LANES == 0
+        and all(tensor.dtype in DTYPES for tensor in tensors)
+        and (x.dtype == weight.dtype if autocast is None else autocast in DTYPES)
+        and cpu_maps.is_on()
+        and library() is not None
+        and library().winograd_pays((autocast or x.dtype) == torch.bfloat16)
+    )
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.conv2d(x, weight, bias, padding=1)``, within float rounding, by minimal filtering.
+
+    Maps in bfloat16 are summed in float32; where the processor multiplies bfloat16 (AVX512_BF16), the transformed maps
+    and weights are rounded to it, at an error of about 1 % of the size of the outputs. Where an input is infinite or
+    NaN, so are outputs, or they are NaN; outputs of the same tile, up to three cells further, may be NaN too. There is
+    no second derivative.
+
+    Args:
+        x: (N, C, H, W) for which :func:`pays` holds.
+        weight: (C', C, 3, 3).
+        bias: (C',) or None.
+        scale: (C',) factors of the weights, without a gradient; None: 1. The product is not kept for the backward pass.
+
+    Returns:
+        (N, C', H, W), channels-last, of x's type, or autocast's.
+    """
+    if (dtype := cpu_maps.autocast_dtype("cpu")) is not None:
+        x = x.to(dtype)  # the weights stay as they are: they are transformed in float32 anyway
+    return _Convolution.apply(x, weight, bias, scale)
+
+
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """:func:`conv3x3` of transformed weights, and a ReLU if ``relu``; no gradients.
+
+    Args:
+        x: as there.
+        packed: what :func:`pack` returned.
+        bias: as there.
+        relu: whether negative outputs become 0.
+    """
+    if (dtype := cpu_maps.autocast_dtype("cpu")) is not None:
+        x = x.to(dtype)
+    return _convolve(x, packed.numel() // (36 * x.shape[1]), bias, relu=relu, packed=packed)
+
+
+def factor_dtype(x: Tensor) -> torch.dtype:
+    """The type of what is multiplied for a map: bfloat16 if the map is, and the processor multiplies it."""
+    dtype = cpu_maps.autocast_dtype("cpu") or x.dtype
+    return dtype if dtype == torch.bfloat16 and library().winograd_has_bfloat16() else torch.float32
+
+
+def pack(weight: Tensor, factors: torch.dtype) -> Tensor:
+    """Transform weights (C', C, 3, 3) to 36 matrices of C' x C, of type ``factors``, in the order of reading."""
+    weight = weight.detach().float()
+    packed = torch.empty(36 * weight.shape[0] * weight.shape[1], dtype=factors)
+    problem, strides = _problem(None, weight, None, factors)
+    problem.in_channels, problem.out_channels = weight.shape[1], weight.shape[0]
+    _run("winograd_pack", problem, packed.data_ptr())
+    del strides  # alive until here
+    return packed
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale):
+        ctx.save_for_backward(x, weight, scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _convolve(x, weight.shape[0], bias, scaled(weight, scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        gradient = gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        of_x = of_weight = of_bias = None
+        if wants_x:  # the same convolution with the kernels turned round, from out to in
+            of_x = _convolve(gradient, weight.shape[1], None, scaled(weight, scale).flip(2, 3).transpose(0, 1))
+        if wants_weight:
+            of_weight = scaled(_weight_gradient(x, gradient), scale).to(weight.dtype)
+        if wants_bias:
+            # In parts: PyTorch turns all that it sums into float32 first.
+            cells = gradient.permute(0, 2, 3, 1).flatten(0, 2).split(4096)
+            of_bias = sum(part.sum(0, dtype=torch.float32) for part in cells).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias, None
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Weights (C', ...) times ``scale`` (C',), where there is one."""
+    return weight if scale is None else weight * scale[:, None, None, None].to(weight.dtype)
+
+
+def _convolve(
+    x: Tensor,
+    out_channels: int,
+    bias: Tensor | None,
+    weight: Tensor | None = None,
+    relu: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor:
+    images, _, height, width = x.shape
+    out = torch.empty((images, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    weight = None if weight is None else weight.detach().float()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    problem, strides = _problem(x, weight, out, factor_dtype(x) if packed is None else packed.dtype)
+    problem.relu, problem.bias = relu, None if bias is None else bias.data_ptr()
+    problem.packed = None if packed is None else packed.data_ptr()
+    _run(f"winograd_convolve_{_name(x)}", problem)
+    del strides
+    return out
+
+
+def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    out_channels, channels = gradient.shape[1], x.shape[1]
+    result = torch.empty((3, 3, channels, out_channels))
+    problem, strides = _problem(x, None, gradient, factor_dtype(x))
+    problem.weight_gradient = result.data_ptr()
+    _run(f"winograd_weight_gradient_{_name(x)}", problem)
+    del strides
+    return result.permute(3, 2, 0, 1)
+
+
+def _problem(
+    x: Tensor | None, weight: Tensor | None, out: Tensor | None, factors: torch.dtype
+) -> tuple[_Problem, object]:
+    """The problem, and what has to stay alive while it is worked on."""
+    problem = _Problem(num_threads=torch.get_num_threads(), in_bfloat16=factors == torch.bfloat16)
+    if x is not None:
+        problem.num_images, problem.in_channels, problem.height, problem.width = x.shape
+        problem.input, problem.output, problem.out_channels = x.data_ptr(), out.data_ptr(), out.shape[1]
+    strides = None
+    if weight is not None:
+        strides = (ctypes.c_int64 * 4)(*weight.stride())
+        problem.weights, problem.strides = weight.data_ptr(), ctypes.addressof(strides)
+    return problem, strides
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _run(name: str, problem: _Problem, *args) -> None:
+    if getattr(library(), name)(ctypes.byref(problem), *args):
+        raise MemoryError("compiled 3x3 convolution ran out of memory or threads")

@@ -1,0 +1,59 @@
+"""Finding files and folders that a user names, and writing files whole."""
+
+import difflib
+import os
+from pathlib import Path
+
+UNFINISHED = ".unfinished"  # at the end of the name of a file that is being written
+
+
+def locate(path: str | os.PathLike, what: str, *, folder: bool = False) -> Path:
+    """Find a file or folder that a user named.
+
+    A relative path is looked for in the current directory first, and then in ``$DETECTRON2_DATASETS`` (by default
+    ``datasets``), where Detectron2 looks for its own data sets.
+
+    Args:
+        path: The path as the user gave it; ``~`` is the home directory.
+        what: What it is, for the message: "the annotations of data set 'cells'".
+        folder: Whether a folder is expected, not a file.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder. The message names all places that were looked at, and
+            an existing name that is close, if there is one.
+        TypeError: If ``path`` is not a path.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise TypeError(f"Expected the path of {what} as text, got {path!r}.")
+    named = Path(path).expanduser()
+    places = [Path(os.path.abspath(named))]
+    if not named.is_absolute():
+        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+        places.append(Path(os.path.abspath(root / named)))
+    for place in places:
+        if place.is_dir() if folder else place.is_file():
+            return place
+
+    kind = "folder" if folder else "file"
+    message = f"There is no {kind} for {what}: looked for " + " and ".join(str(place) for place in places) + "."
+    close = [found for place in places for found in _close_names(place, folder)]
+    if close:
+        message += f" Did you mean {close[0]}?"
+    raise FileNotFoundError(message)
+
+
+def _close_names(place: Path, folder: bool) -> list[Path]:
+    if not place.parent.is_dir():
+        return _close_names(place.parent, folder=True) if place.parent != place else []
+    names = [entry.name for entry in os.scandir(place.parent) if (entry.is_dir() if folder else entry.is_file())]
+    return [place.parent / name for name in difflib.get_close_matches(place.name, names, n=1)]
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write a small text file such that readers see the old text or the new, never a part."""
+    with open(path + UNFINISHED, "w") as f:
+        f.write(text)
+    os.replace(path + UNFINISHED, path)

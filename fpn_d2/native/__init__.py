@@ -1,0 +1,1 @@
+"""C++ sources, and the one way to build and load them."""

@@ -1,0 +1,353 @@
+"""The whole comparison on small detectors: what it says, what it writes, what it refuses."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from fpn_d2 import cli
+from fpn_d2.analysis.compare import figures as compare_figures
+from fpn_d2.analysis.compare import run as compare
+from fpn_d2.analysis.compare.measure import torchvision_images, training_call
+from fpn_d2.analysis.compare.report import text
+from fpn_d2.analysis.compare.run import Plan, run_compare
+from fpn_d2.analysis.subjects import build_one, build_pair, random_batch, read_config
+from fpn_d2.data.scenes import make_scenes
+from fpn_d2.engine import ReportingCheckpointer
+
+from ..small_detectors import STOCK, write
+
+CLASSES = ["MODEL.ROI_HEADS.NUM_CLASSES", "6"]  # of the scenes
+QUICK = {"sizes": ((64, 96),), "rounds": 2, "warmup": 0, "memory": False, "opts_b": STOCK}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return write(folder / "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def result(folder, config):
+    """Inference and training on two batch sizes; <b>names</b> that HTML has to escape."""
+    plan = Plan(**QUICK, batches=(1, 2), train=True, output=str(folder / "out"))
+    return run_compare(config, config, plan, command="fpn-d2 compare '</script><b>'", progress=False)
+
+
+def test_json_is_the_result(folder, result):
+    assert json.loads((folder / "out" / "compare.json").read_text()) == result
+    assert not list((folder / "out").glob("*unfinished*"))
+    assert list(result) == [
+        "schema",
+        "command",
+        "environment",
+        "settings",
+        "models",
+        "weights",
+        "parity",
+        "inference",
+        "training",
+        "memory",
+        "ap",
+        "published",
+        "not_measured",
+    ]
+
+
+def test_what_was_measured(result):
+    assert result["parity"]["first_unequal"] is None
+    assert [(row["size"], row["batch"]) for row in result["inference"]] == [([64, 96], 1), ([64, 96], 2)]
+    for row in [*result["inference"], *result["training"]]:
+        assert all(seconds["n"] == 2 and seconds["median"] > 0 for seconds in row["seconds"].values())
+        medians = row["seconds"]["B"]["median"] / row["seconds"]["A"]["median"]
+        assert row["times_as_fast"]["B"]["ratio_of_medians"] == pytest.approx(medians)
+    row = result["inference"][1]
+    assert row["images_per_second"]["A"] == pytest.approx(2 / row["seconds"]["A"]["median"])
+    assert row["detections_per_image"]["A"] == row["detections_per_image"]["B"] > 0
+    a, b = result["models"]
+    assert a["parameters"] == b["parameters"] and a["macs"] == b["macs"] and a["macs"]["size"] == [64, 96]
+
+
+def test_what_was_not_measured_is_said_and_left_empty(result):
+    assert result["ap"] == {} and result["memory"] == []
+    told = "\n".join(result["not_measured"])
+    for part in (
+        "the weights are random",
+        "real images",
+        "AP of A",
+        "AP of B",
+        "Peak of memory",
+        "Published figures of A",
+    ):
+        assert part in told, part
+    assert result["published"]["zoo"]["rows"] == {"A": None, "B": None}
+    assert "Training steps" not in told
+    assert all(line in text(result) for line in result["not_measured"])
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.cells, self.images, self.links, self.data = [], [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag == "img":
+            self.images.append(attrs)
+        elif tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+        if self.open and self.open[-1] == "script":
+            self.data += data
+
+
+def test_page_holds_the_figures_and_needs_nothing_else(folder, result):
+    page = Page()
+    page.feed((folder / "out" / "compare.html").read_text())
+    assert page.open == []
+    assert json.loads(page.data) == result
+    for row in [*result["inference"], *result["training"]]:
+        for seconds in row["seconds"].values():
+            assert f"{seconds['median'] * 1e3:.1f}" in page.cells
+        assert f"{row['times_as_fast']['B']['median']:.2f}x" in page.cells
+    assert f"{result['models'][0]['macs']['total'] / 1e9:.4g}" in page.cells
+    assert "COCO-Detection/retinanet_R_50_FPN_1x" in page.cells  # the whole zoo, folded up
+    assert len(page.images) == 5
+    for image in page.images:
+        assert image["alt"] and "<svg" in base64.b64decode(image["src"].split(",", 1)[1]).decode()
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+
+
+def test_times_that_differ_by_much_can_all_be_read():
+    def row(size, a, b):
+        seconds = {label: {"median": m, "quartiles": [m, m]} for label, m in (("A", a), ("B", b))}
+        return {"size": size, "batch": 1, "seconds": seconds}
+
+    svg = ElementTree.fromstring(
+        compare_figures._svg(compare_figures._times, [row([8, 9], 0.5, 0.002), row([80, 90], 7, 8)])
+    )
+    texts = {text.text: text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"8x9, batch 1", "80x90, batch 1", "0.5", "0.002", "7", "8"} <= set(texts)
+    assert "fill: #808080" in texts["0.002"].get("style")  # not white on white
+
+
+def test_terminal_shows_the_same_figures(result):
+    shown = text(result)
+    assert "Outputs: equal, bit for bit, in every stage" in shown
+    for seconds in result["training"][0]["seconds"].values():
+        assert f"{seconds['median'] * 1e3:.1f}" in shown
+
+
+def test_names_that_do_not_match_are_told(config, folder):
+    configs = [("x", *read_config(config, opts, "cpu")) for opts in ([], ["MODEL.MASK_ON", "True"])]
+    a, b = build_pair(tuple(configs), "")
+    assert a.not_loaded == a.not_used == b.not_used == []
+    assert b.not_loaded and all(name.startswith("roi_heads.mask_head.") for name in b.not_loaded)
+    for name, value in a.network.state_dict().items():
+        assert torch.equal(value, b.network.state_dict()[name]), name
+
+
+def test_checkpoint_goes_into_both(config, folder):
+    path, cfg = read_config(config, [], "cpu")
+    saved = build_one("A", config, path, cfg, "")
+    with torch.no_grad():
+        saved.network.backbone.fpn_output2.weight.fill_(0.25)
+    ReportingCheckpointer(saved.network, str(folder)).save("saved")
+    weights = str(folder / "saved.pth")
+    configs = [("x", *read_config(config, opts, "cpu")) for opts in ([], [*STOCK, "MODEL.MASK_ON", "True"])]
+    a, b = build_pair(tuple(configs), weights)
+    for model in (a, b):
+        assert torch.equal(model.network.backbone.fpn_output2.weight, saved.network.backbone.fpn_output2.weight)
+    assert a.not_loaded == [] and all(name.startswith("roi_heads.mask_head.") for name in b.not_loaded)
+
+    torch.save({"model": {"something.else": torch.zeros(1)}}, folder / "other.pth")
+    with pytest.raises(ValueError, match="fills nothing of model A"):
+        build_pair(tuple(configs), str(folder / "other.pth"))
+    with pytest.raises(ValueError, match="no weight file"):
+        build_pair(tuple(configs), str(folder / "missing.pth"))
+
+
+def test_random_weights_leave_the_heads_their_work(folder):
+    opts = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"]
+    path, cfg = read_config(write(folder / "frozen.yaml"), opts, "cpu")
+    network = build_one("A", path, path, cfg, "").network
+    batch = random_batch(cfg, 1, (64, 96))
+    with torch.no_grad():
+        images = network.preprocess_image(batch)
+        maps = network.backbone.bottom_up(images.tensor)
+        proposals = network.proposal_generator(images, network.backbone(images.tensor))[0][0]
+    assert maps["res5"].std() < 10 * maps["res2"].std()
+    assert len(proposals) == 20 and torch.isfinite(proposals.proposal_boxes.tensor).all()
+
+
+def test_training_step_is_a_whole_step_and_changes_nothing(config):
+    path, cfg = read_config(config, [], "cpu")
+    network = build_one("A", path, path, cfg, "").network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    call = training_call(cfg, network, random_batch(cfg, 2, (64, 96)))
+    assert network.training
+    call()
+    call()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def with_data(folder, config):
+    scenes = make_scenes(
+        folder / "scenes", train=1, val=3, image_size=64, min_size=8, max_objects=3, empty=0.0, seed=3, progress=False
+    )
+    path, cfg = read_config(config, CLASSES, "cpu")
+    ReportingCheckpointer(build_one("A", config, path, cfg, "").network, str(folder)).save("for_data")
+    entry = ["compare_scenes", f"{scenes}/annotations/instances_val.json", f"{scenes}/images/val"]
+    data = ["DATASETS.COCO_FORMAT", str([entry]), "DATASETS.TEST", "('compare_scenes',)", "INPUT.MIN_SIZE_TEST", "64"]
+    # A file that bears the name of one in the zoo, as our twins do.
+    twin = folder / "COCO-Detection" / "faster_rcnn_R_50_FPN_1x.yaml"
+    twin.parent.mkdir()
+    # Six classes without an option: one that changes the model would make it another than the published one.
+    twin.write_text(Path(write(twin)).read_text().replace("NUM_CLASSES: 5", "NUM_CLASSES: 6"))
+    return str(twin), data, str(folder / "for_data.pth")
+
+
+def test_data_and_published_figures(folder, config, with_data):
+    twin, opts, weights = with_data
+    changed = {"opts_b": STOCK + CLASSES, "opts": opts}
+    plan = Plan(**QUICK | changed, weights=weights, data=True, output=str(folder / "data"))
+    found = run_compare(twin, config, plan, progress=False)
+    assert found["parity"]["images"] == "the first 1 of compare_scenes" and found["parity"]["first_unequal"] is None
+    assert found["ap"]["A"] == found["ap"]["B"]
+    assert 0 <= found["ap"]["A"]["compare_scenes"]["bbox"]["AP"] <= 100
+    assert not any("AP of" in line or "real images" in line for line in found["not_measured"])
+    assert found["published"]["zoo"]["rows"]["A"]["box_AP"] == 37.9
+    assert found["published"]["zoo"]["rows"]["B"] is None
+    assert "faster_rcnn_r50_fpn_1x_coco" in found["published"]["mmdetection"]["rows"]
+    for part in ("AP in percent, measured here", "37.9", "MODEL_ZOO.md", "metafile.yml"):
+        assert part in text(found)
+
+
+def test_what_makes_figures_of_another_model_is_told(folder, with_data, monkeypatch):
+    """B with another neck, which the checkpoint does not fill, and images in another order of colours."""
+    twin, opts, weights = with_data
+
+    def broken(model, folder):
+        raise RuntimeError("an annotation\nis wrong.")
+
+    monkeypatch.setattr(compare, "measure_ap", broken)
+    changed = {"opts_b": ["MODEL.FPN.NECK", "PAFPN", "INPUT.FORMAT", "RGB"], "rounds": 1}
+    plan = Plan(**QUICK | changed, opts=opts, weights=weights, data=True, output=str(folder / "changed"))
+    found = run_compare(twin, twin, plan, progress=False)
+    assert found["parity"]["input_settings"] == {"INPUT.FORMAT": ["BGR", "RGB"]}
+    assert found["parity"]["first_beyond"] == "input" and "Input: INPUT.FORMAT is BGR in A, RGB in B" in text(found)
+    rows = found["published"]["zoo"]["rows"]
+    assert rows["A"]["box_AP"] == 37.9 and rows["B"] is None
+    assert "Published figures of B: MODEL.FPN.NECK makes it another model." in found["not_measured"]
+    assert found["ap"] == {} and found["inference"]  # the times are there all the same
+    assert "AP of A: it ended with RuntimeError: an annotation is wrong." in found["not_measured"]
+    (line,) = [line for line in found["not_measured"] if line.startswith("AP of B")]
+    assert "for_data.pth has no weights for" in line and "of its tensors, backbone." in line
+
+
+def test_torchvision_as_a_third_column(folder, config, monkeypatch):
+    built = []
+    real = compare.torchvision_detector
+    monkeypatch.setattr(compare, "torchvision_detector", lambda device: built.append(real(device)) or built[0])
+    plan = Plan(**QUICK | {"rounds": 1}, torchvision=True, train=True, output=str(folder / "torchvision"))
+    found = run_compare(config, config, plan, progress=False)
+    assert found["inference"][0]["seconds"]["torchvision"]["median"] > 0
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in built[0].modules())  # frozen, as published
+    assert list(found["training"][0]["seconds"]) == ["A", "B"]
+    assert any("memory of torchvision's" in line for line in found["not_measured"])
+
+
+def test_torchvision_gets_the_images_as_they_are(config):
+    batch = random_batch(read_config(config, [], "cpu")[1], 2, (8, 9))
+    images = torchvision_images(batch, torch.device("cpu"))
+    assert [image.dtype for image in images] == [torch.float32] * 2
+    assert all(
+        torch.equal((image * 255).round().byte(), item["image"]) for image, item in zip(images, batch, strict=True)
+    )
+
+
+def test_data_that_are_not_there(folder, config, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(folder / "nowhere"))
+    opts = ["DATASETS.TEST", "('coco_2017_val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "80"]
+    plan = Plan(**QUICK, opts=opts, data=True, output=str(folder / "no_data"))
+    found = run_compare(config, config, plan, progress=False)
+    assert found["ap"] == {} and "noise" in found["parity"]["images"]
+    lines = [line for line in found["not_measured"] if "coco_2017_val" in line]
+    assert [line.split(":")[0] for line in lines] == ["Parity on real images", "AP of A", "AP of B"]
+
+
+def test_optimized_for_inference(folder, config):
+    plan = Plan(**QUICK, optimize="a", dtype="bfloat16", output=str(folder / "optimized"))
+    found = run_compare(config, config, plan, progress=False)
+    assert [model["optimized"] for model in found["models"]] == [True, False]
+    assert found["parity"]["first_beyond"] is not None  # bfloat16 has 8 bits
+    assert found["models"][0]["macs"] == found["models"][1]["macs"]
+    assert "optimised for inference in bfloat16" in text(found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rounds": 0}, "rounds is 0; expected at least 1"),
+        ({"sizes": ((0, 64),)}, "expected positive numbers"),
+        ({"batches": ()}, "expected positive numbers"),
+        ({"optimize": "c"}, "optimize is 'c'; expected one of none, a, b, both"),
+        ({"dtype": "int8", "optimize": "a"}, "dtype is 'int8'"),
+        ({"dtype": "bfloat16"}, "say which with optimize"),
+    ],
+)
+def test_a_plan_that_cannot_be(config, tmp_path, changed, words):
+    with pytest.raises(ValueError, match=words):
+        run_compare(config, config, Plan(**(QUICK | changed), output=str(tmp_path / "x")))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(config):
+    with pytest.raises(ValueError, match="there is no GPU"):
+        run_compare(config, config, Plan(**QUICK, device="cuda"))
+
+
+@pytest.mark.slow
+def test_memory_in_a_process_of_its_own(config, folder):
+    plan = Plan(**(QUICK | {"memory": True}), train=True, output=str(folder / "memory"))
+    found = run_compare(config, config, plan, progress=False)
+    (row,) = found["memory"]
+    for label in "AB":
+        # Gradients and momentum of 11 million parameters are 85 MB of the training step.
+        assert 80 < row["training"][label] < 400
+        assert 1 < row["inference"][label] < row["training"][label]
+
+
+def test_command_line_tells_a_mistake_in_one_line(config, capsys):
+    assert cli.main(["compare", config, "COCO-Detection/no_such"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("fpn-d2 compare: COCO-Detection/no_such is neither a file") and told.count("\n") == 1
+
+
+def test_command_line_does_what_it_says(config, folder, capsys):
+    arguments = ["compare", config, config, "--sizes", "64x96", "--rounds", "1", "--warmup", "0", "--no-memory"]
+    output = folder / "command"
+    assert cli.main([*arguments, "--output", str(output), "--batch", "2", "--opts-b", *STOCK]) == 0
+    kept = json.loads((output / "compare.json").read_text())
+    assert kept["command"] == " ".join(["fpn-d2", *arguments, "--output", str(output), "--batch 2 --opts-b", *STOCK])
+    assert kept["models"][1]["opts"] == STOCK and kept["models"][0]["opts"] == []
+    assert [(row["size"], row["batch"]) for row in kept["inference"]] == [([64, 96], 2)]
+    assert str(output / "compare.html") in capsys.readouterr().out

@@ -1,0 +1,302 @@
+"""The study: which runs it makes, how it goes on, what its table says; with runs of a fake, and one real study."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from matplotlib.figure import Figure
+
+from fpn_d2 import cli
+from fpn_d2.analysis.study import report as study_report
+from fpn_d2.analysis.study import run as study
+from fpn_d2.analysis.study import worker as study_run
+from fpn_d2.analysis.study.run import CONFIGS, run_study, variants_in
+from fpn_d2.analysis.subjects import random_batch
+from fpn_d2.data.scenes import make_scenes
+from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+
+SMALL = {"train_scenes": 2, "val_scenes": 1, "time_pairs": 2}
+AP = {("fpn", 1): 40.0, ("fpn", 2): 44.0, ("c4", 1): 30.0, ("c4", 2): 31.0, ("only_p2", 1): 35.0, ("only_p2", 2): 36.0}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Replace the processes by results made up from the names; returns the list of what was asked for, in order."""
+    asked = []
+
+    def do_one(task):
+        result = Path(task["result"])
+        result.parent.mkdir(parents=True, exist_ok=True)
+        if task["kind"] == "time":
+            asked.append(("time", result.stem))
+            found = {"ratios": [0.4, 0.6], "median": 0.5, "quartiles": [0.45, 0.55], "versions": {}}
+        else:
+            variant, seed = result.parts[-3], int(result.parts[-2].removeprefix("seed_"))
+            asked.append((variant, seed))
+            ap = AP[variant, seed]
+            found = {
+                "AP": ap,
+                "AP50": 2 * ap,
+                "sizes": {"<16": ap - 20, "16-32": ap, "32-64": math.nan},
+                "parameters": 12_000_000,
+                "macs": 1.5e9,
+                "peak_memory_mb": 300.0 if variant == "c4" else 330.0,
+                "versions": {},
+            }
+        result.write_text(json.dumps({"settings": task["settings"], **found}))
+        return True
+
+    monkeypatch.setattr(study, "_do_one", do_one)
+    return asked
+
+
+def test_seeds_go_on_the_outside_and_nothing_is_done_twice(tmp_path, runs):
+    options = SMALL | {"variants": ["fpn", "c4"], "iterations": 5}
+    run_study(tmp_path, seeds=[1], **options)
+    assert runs == [("fpn", 1), ("c4", 1), ("time", "fpn"), ("time", "c4")]
+    runs.clear()
+    run_study(tmp_path, seeds=[1, 2], **options)
+    assert runs == [("fpn", 2), ("c4", 2)]
+    runs.clear()
+    (tmp_path / "runs" / "fpn" / "seed_1" / "result.json").unlink()
+    run_study(tmp_path, seeds=[1, 2], **options)
+    assert runs == [("fpn", 1)]
+    for seed in (1, 2):
+        assert (tmp_path / "scenes" / f"seed_{seed}" / "scenes.json").exists()
+
+
+def test_runs_with_other_settings_are_not_mixed(tmp_path, runs):
+    run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, **SMALL)
+    with pytest.raises(ValueError, match=r"SOLVER.MAX_ITER 5 there, 6 here.*--output"):
+        run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=6, **SMALL)
+    with pytest.raises(ValueError, match=r"SOLVER.MOMENTUM the default there, 0.5 here"):
+        run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, opts=["SOLVER.MOMENTUM", "0.5"], **SMALL)
+
+
+def test_runs_of_another_machine_are_not_mixed(tmp_path, runs, monkeypatch):
+    run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL)
+    monkeypatch.setattr(study.torch, "__version__", "9.9")
+    with pytest.raises(ValueError, match=r"torch '2\S+' there, '9.9' here"):
+        run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL)
+    monkeypatch.undo()
+    keys = {"MODEL.DEVICE": "cpu"}
+    assert study._circumstances(keys)["MODEL.DEVICE"] == "cpu"
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(study.torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    assert study._circumstances({})["MODEL.DEVICE"] == "name of cuda"
+    assert study._circumstances(keys)["MODEL.DEVICE"] == "cpu"
+
+
+def test_times_and_runs_with_other_settings_are_not_shown(tmp_path, runs):
+    run_study(tmp_path, seeds=[1], variants=["fpn", "c4"], iterations=5, **SMALL)
+    none = SMALL | {"time_pairs": 0, "variants": ["only_p2"]}
+    for name in ("times/fpn.json", "runs/fpn/seed_1/result.json", "runs/c4/seed_1/result.json"):
+        assert (tmp_path / name).exists()
+    # Of the same settings they count, though neither was asked for now.
+    table = run_study(tmp_path, seeds=[1], iterations=5, **none).read_text()
+    assert "| only_p2 | 1 | 35.0 |" in table and "| -5.0 |" in table and table.rstrip().endswith("| 1.10 | - |")
+    assert "| fpn |" not in table
+    runs_of_fpn = SMALL | {"time_pairs": 0, "variants": ["fpn"]}
+    table = run_study(tmp_path, seeds=[1], iterations=5, **runs_of_fpn).read_text()
+    assert table.rstrip().endswith("| 1.10 | 0.50 (0.45 to 0.55) |")
+    # With other settings they do not.
+    (tmp_path / "runs" / "fpn" / "seed_1" / "result.json").unlink()
+    table = run_study(tmp_path, seeds=[1], iterations=6, **runs_of_fpn).read_text()
+    assert table.rstrip().endswith("| - | - |")
+
+
+def test_table_and_results(tmp_path, runs):
+    table = run_study(tmp_path, seeds=[1, 2], variants=["fpn", "c4", "only_p2"], **SMALL).read_text().splitlines()
+    assert table[0].startswith(
+        "| variant | seeds | AP | AP50 | AP <16 px | AP 16-32 px | AP 32-64 px | AP less that of"
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len({len(line) for line in cells}) == 1
+    # 40 and 44: mean 42, sample standard deviation 2.83.
+    assert cells[2][:8] == ["fpn", "2", "42.0 ± 2.8", "84.0 ± 5.7", "22.0 ± 2.8", "42.0 ± 2.8", "-", ""]
+    assert cells[2][8:] == ["1.50", "12.0", "1.10", "0.50 (0.45 to 0.55)"]
+    # 30 - 40 and 31 - 44, seed by seed.
+    assert cells[3][0] == "c4" and cells[3][7] == "-11.5 ± 2.1"
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    fpn = results["variants"][0]
+    assert fpn["AP"] == {"mean": 42.0, "spread": pytest.approx(math.sqrt(8)), "values": [40.0, 44.0]}
+    assert fpn["sizes"]["32-64"]["mean"] is None
+
+
+def test_one_seed_has_no_spread(tmp_path, runs):
+    table = run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL | {"time_pairs": 0}).read_text()
+    assert "| fpn | 1 | 40.0 | 80.0 |" in table and "±" not in table
+    assert table.rstrip().endswith("| - | - |")  # nothing to compare memory and time with
+    assert not (tmp_path / "times").exists()
+
+
+def _settings_of(folder, variant):
+    return json.loads((folder / "runs" / variant / "seed_1" / "result.json").read_text())["settings"]
+
+
+def test_figure_shows_something(tmp_path, runs):
+    run_study(tmp_path, seeds=[1, 2], variants=["fpn", "c4"], **SMALL)
+    first = cv2.imread(str(tmp_path / "study.png"))
+    assert first.shape[1] > 1000 and len(np.unique(first.reshape(-1, 3), axis=0)) > 50
+    settings = {name: _settings_of(tmp_path, name) for name in ("fpn", "c4")}
+    rows = study_report.summarise(tmp_path, ["fpn", "c4"], [1, 2], "c4", settings)
+    rows[0]["AP"]["mean"] += 10
+    study_report.draw(rows, "c4", tmp_path / "other.png")
+    assert (cv2.imread(str(tmp_path / "other.png")) != first).any()
+
+
+def test_numbers_beside_crowded_points_hide_nothing():
+    figure = Figure(dpi=100)
+    axes = figure.subplots()
+    xs, ys = [1 + 0.01 * (n % 4) for n in range(17)], [40 + 0.2 * (n // 4) for n in range(17)]
+    axes.set(xlim=(0.5, 1.5), ylim=(35, 45))
+    study_report._number_points(axes, xs, ys)
+    points = axes.transData.transform(list(zip(xs, ys, strict=True)))
+    assert [text.get_text() for text in axes.texts] == [str(n) for n in range(1, 18)]
+    places = [text.xyann for text in axes.texts]
+    for number, place in enumerate(places):
+        assert axes.bbox.contains(*place)
+        others = [*points, *places[:number], *places[number + 1 :]]
+        assert min(math.dist(place, other) for other in others) > 12 * 100 / 72
+
+
+def test_failed_runs_are_named_and_the_others_count(tmp_path, runs, monkeypatch):
+    real = study._do_one
+    monkeypatch.setattr(study, "_do_one", lambda task: "/c4/" not in task["result"] and real(task))
+    with pytest.raises(OSError, match=r"1 of the runs failed, see \S+/runs/c4/seed_1/console.txt"):
+        run_study(tmp_path, seeds=[1], variants=["fpn", "c4"], **SMALL | {"time_pairs": 0})
+    assert "| fpn |" in (tmp_path / "table.md").read_text() and "| c4 |" not in (tmp_path / "table.md").read_text()
+    runs.clear()
+    monkeypatch.setattr(study, "_do_one", real)
+    run_study(tmp_path, seeds=[1], variants=["fpn", "c4"], **SMALL | {"time_pairs": 0})
+    assert runs == [("c4", 1)]
+
+
+def test_mistakes(tmp_path, runs):
+    for options, message in [
+        ({"variants": ["fnp"]}, "no variant fnp.*fpn"),
+        ({"seeds": []}, "at least one"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"jobs": 0}, "jobs is 0"),
+        ({"opts": ["SOLVER.NO_SUCH", "1"]}, "NO_SUCH"),
+        ({"opts": ["SOLVER.BASE_LR"]}, "pairs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_study(tmp_path / "new", **SMALL | {"seeds": [1]} | options)
+    with pytest.raises(FileNotFoundError, match="--configs"):
+        run_study(tmp_path / "new", configs=tmp_path)
+    assert runs == [] and not (tmp_path / "new").exists()
+
+
+def test_every_neck_and_extractor_has_a_variant():
+    used = {"FPN", "canonical"}
+    for path in variants_in(CONFIGS).values():
+        keys = study.changed_keys(path, [])
+        used |= {keys.get("MODEL.FPN.NECK"), keys.get("MODEL.ROI_LEVEL_ASSIGN.NAME")}
+    for registry in (NECK_REGISTRY, LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY):
+        assert {name for name, _ in registry} <= used, "add a config to configs/study"
+    assert list(variants_in(CONFIGS))[:7] == list(study.ORDER)
+
+
+def test_variants_differ_in_the_model_only():
+    recipe = study.changed_keys(CONFIGS / "fpn.yaml", [])
+    for name, path in variants_in(CONFIGS).items():
+        keys = study.changed_keys(path, [])
+        other = {key for key in {*keys, *recipe} if keys.get(key) != recipe.get(key)}
+        assert all(key.startswith("MODEL.") for key in other), (name, other)
+        anchors = [size for sizes in keys["MODEL.ANCHOR_GENERATOR.SIZES"] for size in sizes]
+        assert keys["MODEL.NUMERICS"] == "exact"  # C4 and C5 have Detectron2's operations only
+        assert sorted(anchors) == [8, 11, 16, 23, 32, 45, 64, 90], name
+
+
+def test_one_run_measures_what_it_says(tmp_path):
+    """A real training of three iterations in a process of its own, and a real comparison of times in this one."""
+    scenes = make_scenes(tmp_path / "scenes", seed=1, train=4, val=2, progress=False, **study.SCENES)
+    opts = [*study._places(scenes, tmp_path / "out", 1), "SOLVER.MAX_ITER", "3", "SOLVER.WARMUP_ITERS", "0"]
+    common = {"config": str(CONFIGS / "fpn.yaml"), "opts": opts, "settings": {"a": 1}}
+    annotations = str(scenes / "annotations" / "instances_val.json")
+    task = common | {
+        "kind": "train",
+        "annotations": annotations,
+        "edges": [16, 32, 64],
+        "result": str(tmp_path / "r.json"),
+        "console": str(tmp_path / "console.txt"),
+    }
+    # In this one, memory that other tests have left would serve: the peak would not rise.
+    assert study._do_one(task), (tmp_path / "console.txt").read_text()
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["settings"] == {"a": 1}
+    assert 0 <= result["AP"] <= result["AP50"] <= 100 and list(result["sizes"]) == ["<16", "16-32", "32-64", ">=64"]
+    assert 11e6 < result["parameters"] < 14e6  # a ResNet-18 has 11.2 million
+    assert 0.5e9 < result["macs"] < 3e9  # of an image of 128 x 128; its share is 0.59e9
+    assert 10 < result["peak_memory_mb"] < 4000
+
+    task = common | {"kind": "time", "reference_config": common["config"], "reference_opts": opts, "pairs": 3}
+    found = study_run.compare_times(task)
+    assert len(found["ratios"]) == 3 and found["quartiles"][0] <= found["median"] <= found["quartiles"][1]
+    assert 0.1 < found["median"] < 10  # of the same model
+
+
+def test_reading_images_is_not_timed(tmp_path, monkeypatch):
+    drawn = []
+
+    class Loader:
+        def __iter__(self):
+            for number in range(100):
+                drawn.append(number)
+                yield random_batch(get_cfg(), 1, (64, 64))
+
+    during = []
+
+    def seconds(trainer):
+        before = len(drawn)
+        next(trainer._trainer._data_loader_iter)
+        during.append(len(drawn) - before)
+        return 1.0
+
+    monkeypatch.setattr(study_run.Trainer, "build_train_loader", lambda *_: Loader())
+    monkeypatch.setattr(study_run, "_seconds_of_a_step", seconds)
+    opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.COCO_FORMAT", "[]"]
+    opts += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "6"]
+    config = str(CONFIGS / "fpn.yaml")
+    task = {"config": config, "opts": opts, "reference_config": config, "reference_opts": opts, "pairs": 2}
+    assert study_run.compare_times(task)["ratios"] == [1.0, 1.0]
+    assert during == [0] * 8 and len(drawn) == 8
+
+
+@pytest.mark.slow
+def test_a_study_from_the_command_line_goes_on(tmp_path, capfd):
+    command = ["study", "--output", str(tmp_path), "--variants", "fpn", "c4", "--seeds", "1", "2", "--iterations", "2"]
+    command += ["--train", "4", "--val", "2", "--time-pairs", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        real = subprocess.run
+        started = []
+
+        def killed(words, **options):
+            started.append(words)
+            if len(started) >= 3:
+                raise KeyboardInterrupt
+            return real(words, **options)
+
+        patch.setattr(subprocess, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(command)
+    first = sorted(tmp_path.glob("runs/*/seed_*/result.json"))
+    assert len(first) == 2
+    times = [path.stat().st_mtime_ns for path in first]
+    assert cli.main(command) == 0
+    assert [path.stat().st_mtime_ns for path in first] == times
+    assert len(list(tmp_path.glob("runs/*/seed_*/result.json"))) == 4
+    assert not list(tmp_path.glob("runs/*/*/*.pth"))
+    out = capfd.readouterr().out
+    table = (tmp_path / "table.md").read_text()
+    assert table in out and "| fpn | 2 |" in table and "| c4 | 2 |" in table
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    c4 = json.loads((tmp_path / "results.json").read_text())["variants"][1]
+    assert c4["memory_ratio"]["mean"] == 1.0 and 0.2 < c4["time_ratio"]["median"] < 5

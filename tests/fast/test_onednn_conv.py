@@ -1,0 +1,164 @@
+"""Convolution, sum and ReLU in one pass, against the three one after the other in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fpn_d2.fast import cpu_maps, onednn_conv
+
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
+SAME = ((1, 1), (1, 1), (1, 1), 1)
+
+
+def need_operations() -> None:
+    """Skip where PyTorch lacks them; where it has them they have to pass the trial, or nothing would test them."""
+    names = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        pytest.skip("this PyTorch has no such operations: convolution by oneDNN is NOT tested")
+    assert onednn_conv.works()
+
+
+@pytest.fixture(autouse=True)
+def _needs_operations(monkeypatch):
+    monkeypatch.delenv(cpu_maps.VARIABLE, raising=False)
+    need_operations()
+    with torch.no_grad():
+        yield
+
+
+def case(kernel, geometry, dtype, *, channels=24, out_channels=40, size=(9, 14), images=2, bias=True):
+    torch.manual_seed(0)
+    x = torch.randn(images, channels, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(out_channels, channels // geometry[3], kernel, kernel).to(dtype) / channels**0.5
+    return x, weight, torch.randn(out_channels).to(dtype) if bias else None
+
+
+def expected_of(x, weight, bias, geometry, relu, add):
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    out = torch.nn.functional.conv2d(*wide, *geometry)
+    out = out if add is None else out + add.double()
+    return out.relu() if relu else out
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [None, "channels-last", "contiguous", "float64"])
+@pytest.mark.parametrize(
+    ("kernel", "geometry"),
+    [
+        (1, POINTWISE),
+        (3, SAME),
+        (1, ((2, 2), (0, 0), (1, 1), 1)),
+        (3, ((2, 1), (1, 1), (1, 1), 1)),
+        (7, ((2, 2), (3, 3), (1, 1), 1)),
+        (3, ((1, 1), (2, 2), (2, 2), 1)),
+        (3, ((1, 1), (0, 0), (1, 1), 1)),
+        (3, ((1, 1), (1, 1), (1, 1), 8)),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values(kernel, geometry, added, relu, dtype, bias):
+    x, weight, offset = case(kernel, geometry, dtype, bias=bias)
+    assert onednn_conv.pays(x, weight, offset, geometry)
+    add = None
+    if added:
+        add = torch.randn_like(expected_of(x, weight, offset, geometry, False, None), dtype=torch.float64)
+        add = add if added == "float64" else add.to(dtype)
+        add = add.contiguous(memory_format=torch.channels_last if added == "channels-last" else torch.contiguous_format)
+    before = None if add is None else add.clone()
+    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x.shape, geometry), offset, geometry, relu, add)
+    expected = expected_of(x, weight, offset, geometry, relu, add)
+    assert out.dtype == dtype and out.shape == expected.shape
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert (out.double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
+    assert add is None or torch.equal(add, before)  # what is added may be an output of the network as well
+
+
+@pytest.mark.parametrize("size", [(1, 2), (3, 3), (40, 50)])
+@pytest.mark.parametrize("images", [1, 5])
+def test_packed_for_another_size(size, images):
+    small, weight, bias = case(3, SAME, torch.float32)
+    packed = onednn_conv.pack(weight, small.shape, SAME)
+    x = case(3, SAME, torch.float32, size=size, images=images)[0]
+    expected = expected_of(x, weight, bias, SAME, True, None)
+    torch.testing.assert_close(onednn_conv.convolve(x, packed, bias, SAME, True).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stride", "width"), [(1, 13), (2, 14)])
+def test_a_sum_of_the_wrong_shape_is_refused(stride, width):
+    geometry = ((stride, stride), *POINTWISE[1:])
+    x, weight, bias = case(1, geometry, torch.float32)
+    packed = onednn_conv.pack(weight, x.shape, geometry)
+    with pytest.raises(RuntimeError, match="size"):
+        onednn_conv.convolve(x, packed, bias, geometry, True, torch.zeros(2, 40, 9, width))
+
+
+@pytest.mark.parametrize("tiles", [1, 17, 64, 200])
+@pytest.mark.parametrize("groups", [1, 36])
+def test_in_place(groups, tiles):
+    geometry = ((1, 1), (0, 0), (1, 1), groups)
+    x, weight, _ = case(1, geometry, torch.float32, channels=8 * groups, out_channels=16 * groups, size=(1, tiles))
+    out = torch.randn(2, 16 * groups, 1, tiles).contiguous(memory_format=torch.channels_last)
+    expected = expected_of(x, weight, None, geometry, False, out)
+    onednn_conv.accumulate(x, onednn_conv.pack(weight, (1, 8 * groups, 1, 256), geometry), out, geometry)
+    assert (out - expected).abs().max() <= ROUNDING[torch.float32] * expected.abs().max()
+
+
+def test_nan_and_infinity_are_not_lost():
+    x, weight, bias = case(1, POINTWISE, torch.float32)
+    x[0, 0, 3, 4], x[1, 0, 5, 6] = float("inf"), float("nan")
+    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x.shape, POINTWISE), bias, POINTWISE, False)
+    assert torch.equal(out.isfinite(), expected_of(x, weight, bias, POINTWISE, False, None).isfinite())
+
+
+def test_where_it_pays(monkeypatch):
+    x, weight, bias = case(1, POINTWISE, torch.float32)
+    assert onednn_conv.pays(x, weight, bias, POINTWISE) and onednn_conv.pays(x, weight, None, POINTWISE)
+    for inputs in (
+        (x.contiguous(), weight, bias, POINTWISE),
+        (x.double(), weight.double(), bias.double(), POINTWISE),
+        (x.bfloat16(), weight, bias, POINTWISE),
+        (x[:, :8].contiguous(memory_format=torch.channels_last), weight, bias, POINTWISE),
+        (x[:0], weight, bias, POINTWISE),
+        (x[0], weight, bias, POINTWISE),
+        (x, weight, bias, ((1, 1), "same", (1, 1), 1)),
+        (x.to("meta"), weight.to("meta"), bias.to("meta"), POINTWISE),
+    ):
+        assert not onednn_conv.pays(*inputs)
+    with torch.enable_grad():
+        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+    monkeypatch.setenv(cpu_maps.VARIABLE, "direct")
+    assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+
+
+@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers", "not in place", "a copy in place"])
+def test_operations_that_are_not_what_they_were_are_not_used(fault, monkeypatch):
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+
+    class Operations:
+        if fault != "missing":
+
+            def _reorder_convolution_weight(self, weight, *arguments):
+                if fault == "other arguments":
+                    raise RuntimeError("expected at most 2 arguments")
+                packed = reorder(weight, *arguments)
+                return weight + 1 if fault == "other numbers" else packed
+
+            _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
+            if fault == "a copy in place":
+                _convolution_pointwise_ = SimpleNamespace(binary=lambda out, *arguments: out.clone())
+            elif fault != "not in place":
+                _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Operations())
+    onednn_conv._works.cache_clear()
+    try:
+        assert not onednn_conv._works()
+    finally:
+        onednn_conv._works.cache_clear()

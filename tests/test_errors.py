@@ -1,0 +1,52 @@
+"""Words for mistakes, and the way out of the program."""
+
+import json
+
+import pytest
+
+from fpn_d2.engine.launch import launch
+from fpn_d2.errors import UserError, did_you_mean, not_found, user_mistakes_end_the_program
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates", "first"),
+    [
+        ("NEK", ["NORM", "NECK", "NAME"], "NECK"),
+        ("MODEL.NECK", ["MODEL.FPN.NECK", "MODEL.MASK_ON", "SOLVER.NESTEROV"], "MODEL.FPN.NECK"),
+        ("model.weights", ["MODEL.WEIGHTS", "MODEL.DEVICE"], "MODEL.WEIGHTS"),
+    ],
+)
+def test_did_you_mean_puts_the_nearest_first(name, candidates, first):
+    assert did_you_mean(name, candidates).startswith(f" (did you mean {first}")
+
+
+@pytest.mark.parametrize("candidates", [[], ["zzzz"]])
+def test_did_you_mean_keeps_silent_where_nothing_is_near(candidates):
+    assert did_you_mean("NECK", candidates) == ""
+
+
+def test_not_found_names_the_nearest_file_or_the_missing_folder(tmp_path):
+    (tmp_path / "model_final.pth").touch()
+    text = not_found(str(tmp_path / "model_finl.pth"))
+    assert str(tmp_path / "model_finl.pth") in text
+    assert "did you mean model_final.pth" in text
+    text = not_found(str(tmp_path / "a" / "b" / "c.json"))
+    assert f"{tmp_path} has no a" in text
+
+
+def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as end, user_mistakes_end_the_program():
+        raise UserError("set X\n to 3")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: set X to 3\n"
+
+
+def test_an_error_raised_by_a_line_of_ours_is_a_mistake_of_the_user(capsys):
+    with pytest.raises(SystemExit), user_mistakes_end_the_program():
+        launch(print, 1, num_machines=2, device="cpu")
+    assert "--dist-url" in capsys.readouterr().err
+
+
+def test_an_error_of_another_library_keeps_its_traceback():
+    with pytest.raises(json.JSONDecodeError), user_mistakes_end_the_program():  # a ValueError
+        json.loads("{")
