@@ -12,13 +12,13 @@ from torch import nn
 from fpn_d2.errors import UserError, not_found
 from fpn_d2.files import UNFINISHED, write_atomically
 
+from .contents import KEY, check_classes
 from .report import judge, log_report, report_of
 from .torchvision import convert_torchvision, is_torchvision
 
 logger = logging.getLogger(__name__)
 
 BEST_MODEL = "model_best"
-# Ending of the name of a file that is still being written.
 
 
 class ReportingCheckpointer(DetectionCheckpointer):
@@ -36,6 +36,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
         *,
         partial_weights: str = "auto",
         whole: bool = False,
+        about: dict | None = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
@@ -44,10 +45,13 @@ class ReportingCheckpointer(DetectionCheckpointer):
             model, save_dir, save_to_disk, checkpointables: As in `DetectionCheckpointer`.
             partial_weights: "auto", "allow" or "refuse"; see MODEL.PARTIAL_WEIGHTS.
             whole: Whether "auto" accepts only files that fill the whole model, as an evaluation needs.
+            about: `contents` of the configuration: goes into every file that is saved, and its classes are compared
+                with those of a file that has to fill the whole model.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._partial_weights = partial_weights
         self._whole = whole
+        self._about = about or {}
         self._heuristic_names = False
         self._file = ""
         # The checkpoint from which --resume would go on with this run; "" as long as there is none.
@@ -111,6 +115,9 @@ class ReportingCheckpointer(DetectionCheckpointer):
                 raise UserError(f"{os.path.abspath(filename)}: {error}") from None
             logger.info("%s holds torchvision's %s: converted; its config is %s", filename, known.name, known.config)
             loaded = {"model": weights}
+        if self._whole and self._partial_weights != "allow":
+            held = loaded.get(KEY)
+            check_classes((held or {}).get("classes", {}), self._about.get("classes", {}), os.path.abspath(filename))
         self._heuristic_names = bool(loaded.get("matching_heuristics", False))
         self._file = filename
         return loaded
@@ -124,6 +131,8 @@ class ReportingCheckpointer(DetectionCheckpointer):
             raise UserError(f"{self._file}: {problem}. MODEL.PARTIAL_WEIGHTS allow loads what fits all the same")
 
     def save(self, name: str, **kwargs: Any) -> None:
+        if self._about:
+            kwargs[KEY] = self._about
         # Ends in tag_last_checkpoint, which gives the file its name.
         super().save(f"{name}{UNFINISHED}" if "://" not in self.save_dir else name, **kwargs)
 

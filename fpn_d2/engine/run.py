@@ -11,6 +11,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
+from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import register_from_config
 from fpn_d2.errors import UserError, user_mistakes_end_the_program
 from fpn_d2.evaluation.pictures import draw_detections
@@ -50,7 +51,11 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         if args.eval_only:
             model = Trainer.build_model(cfg)
             ReportingCheckpointer(
-                model, save_dir=cfg.OUTPUT_DIR, partial_weights=cfg.MODEL.PARTIAL_WEIGHTS, whole=True
+                model,
+                save_dir=cfg.OUTPUT_DIR,
+                partial_weights=cfg.MODEL.PARTIAL_WEIGHTS,
+                whole=True,
+                about=contents(cfg),
             ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
             trainer = Trainer(cfg)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
+from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import TrainingMapper
 from fpn_d2.evaluation.evaluators import build_evaluator
 
@@ -41,6 +42,7 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer.__init__ has no seam for the wrapping of the model (it hands DistributedDataParallel a GPU),
         # for the inner trainer or for the checkpointer. So the same objects are made here, in the same order.
         TrainerBase.__init__(self)
+        about = contents(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -49,7 +51,11 @@ class Trainer(DefaultTrainer):
         self._trainer = build_inner_trainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = ReportingCheckpointer(
-            model, cfg.OUTPUT_DIR, partial_weights=cfg.MODEL.PARTIAL_WEIGHTS, trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            partial_weights=cfg.MODEL.PARTIAL_WEIGHTS,
+            about=about,
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
