@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -45,7 +46,7 @@ def test_a_file_carries_its_configuration_and_its_classes(tmp_path, cfg):
     }
     again = get_cfg()
     again.merge_from_other_cfg(CfgNode.load_cfg(held["config"]))
-    assert again.dump() == cfg.dump() and again.MODEL.PIXEL_STD == [1.5, 2.0, 2.5]
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump()) and again.MODEL.PIXEL_STD == [1.5, 2.0, 2.5]
 
 
 def test_detectron2s_own_checkpointer_loads_it(tmp_path, cfg):
