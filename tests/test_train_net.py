@@ -155,7 +155,7 @@ def test_detectron2s_own_script_sees_our_components(tmp_path, scenes):
         DETECTRON2_DATASETS=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert "(backbone): PyramidBackbone(" in done.stdout and "(roi_heads): FPNROIHeads(" in done.stdout
+    assert "(backbone): FPN(" in done.stdout and "(roi_heads): FPNROIHeads(" in done.stdout
     assert "AP50" in done.stdout
     assert (tmp_path / "out" / "model_final.pth").is_file()
 

@@ -4,9 +4,8 @@
 # Twin: COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml here; the same model with the same weights.
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
-from detectron2.layers import ShapeSpec
 
-from fpn_d2.modeling import FPN, PyramidBackbone, PyramidROIPooler
+from fpn_d2.modeling import FPN, PyramidROIPooler
 
 # Detectron2's RPN, RoI heads and schedule, without the mask branch.
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
@@ -14,22 +13,14 @@ for key in ("mask_in_features", "mask_pooler", "mask_head"):
     model.roi_heads.pop(key)
 
 # Ours: the backbone ...
-model.backbone = L(PyramidBackbone)(
+model.backbone = L(FPN)(
     bottom_up=model.backbone.bottom_up,
-    neck=L(FPN)(
-        input_shape=L("builtins.dict")(
-            res2=L(ShapeSpec)(channels=256, stride=4),
-            res3=L(ShapeSpec)(channels=512, stride=8),
-            res4=L(ShapeSpec)(channels=1024, stride=16),
-            res5=L(ShapeSpec)(channels=2048, stride=32),
-        ),
-        in_features=["res2", "res3", "res4", "res5"],
-        out_channels=256,
-        norm="",
-        upsample="nearest",
-        fuse_type="sum",
-        top_block="maxpool",
-    ),
+    in_features=["res2", "res3", "res4", "res5"],
+    out_channels=256,
+    norm="",
+    upsample="nearest",
+    fuse_type="sum",
+    top_block="maxpool",
 )
 # ... and the pooler with its level assignment (assigner=... takes another rule).
 model.roi_heads.box_pooler = L(PyramidROIPooler)(

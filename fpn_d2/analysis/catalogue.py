@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fpn_d2.analysis.measure.complexity import count_macs, count_parameters
 from fpn_d2.config import add_fpn_d2_config
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY, PyramidBackbone, build_pooler
+from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY, Neck, build_pooler
 
 FORMATS = ("table", "markdown", "json")
 # RoIs for which the multiply-adds of an extractor are given, and the few of them that are computed.
@@ -173,8 +173,8 @@ def _measured(row: Component, measure: Callable[[Component], None]) -> Component
 def _measure_neck(row: Component, cfg: CfgNode, size: tuple[int, int]) -> None:
     with torch.device("meta"):
         backbone = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3)).eval()
-    if not isinstance(backbone, PyramidBackbone):
-        raise TypeError(f"{cfg.MODEL.BACKBONE.NAME} builds no PyramidBackbone")
+    if not isinstance(backbone, Neck):
+        raise TypeError(f"{cfg.MODEL.BACKBONE.NAME} builds no neck of fpn_d2")
     image = _image(size, backbone.size_divisibility)
     row.total_parameters = count_parameters(backbone)
     row.total_macs = count_macs(lambda: backbone(image))

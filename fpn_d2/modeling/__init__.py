@@ -3,7 +3,7 @@
 from fpn_d2.fast.box_predictor import FPNBoxPredictor
 
 from .anchors import TorchvisionAnchorGenerator
-from .backbone import PyramidBackbone, build_fpn_backbone
+from .backbone import build_fpn_backbone
 from .bottom_up import HybridResNetViT, RegNetBackbone, TimmBackbone, ViTBackbone, expected_preprocessing
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
@@ -31,7 +31,6 @@ __all__ = [
     "HybridResNetViT",
     "ImagePyramid",
     "Neck",
-    "PyramidBackbone",
     "PyramidROIPooler",
     "ROIExtractor",
     "RegNetBackbone",

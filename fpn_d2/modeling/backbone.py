@@ -1,11 +1,10 @@
-"""A bottom-up pathway and a neck, together one Detectron2 backbone."""
+"""The one entry in Detectron2's registry: a bottom-up pathway and the neck that owns it, each by its name."""
 
 import logging
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
-from torch import Tensor, nn
 
 from fpn_d2.fast.apply import is_fast, speed_up
 
@@ -17,77 +16,8 @@ from .necks import Neck, build_neck
 logger = logging.getLogger(__name__)
 
 
-class PyramidBackbone(Backbone):
-    """image -> bottom-up pathway -> neck -> pyramid.
-
-    The children of the neck are registered here under their own names, beside ``bottom_up``, so that parameters have
-    the names that they have in Detectron2's ``FPN`` and its checkpoints load with no key missing or unexpected.
-    """
-
-    def __init__(self, bottom_up: Backbone, neck: Neck):
-        """Join the two.
-
-        Args:
-            bottom_up: takes images (N, 3, H, W), returns a dictionary of maps.
-            neck: takes that dictionary; built for ``bottom_up.output_shape()``.
-
-        Raises:
-            ValueError: the neck holds parameters or buffers outside its child modules, or a child is called
-                ``bottom_up``.
-        """
-        super().__init__()
-        own = [name for name, _ in [*neck.named_parameters(recurse=False), *neck.named_buffers(recurse=False)]]
-        if own:
-            raise ValueError(f"{type(neck).__name__} holds {', '.join(own)} itself; put parameters in child modules")
-        # Neck first, as in Detectron2: optimizers number their state in this order.
-        for name, child in neck.named_children():
-            if name == "bottom_up":
-                raise ValueError(f"a child of {type(neck).__name__} is called bottom_up; that name is taken")
-            self.add_module(name, child)
-        self.bottom_up = bottom_up
-        self._neck = (neck,)  # in a tuple, so that it is not registered a second time
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Hand a child that replaces one of the neck's to the neck too, which is what runs it."""
-        super().__setattr__(name, value)
-        neck = self.__dict__.get("_neck", (None,))[0]
-        if neck is not None and name in neck._modules and (value is None or isinstance(value, nn.Module)):
-            setattr(neck, name, value)
-
-    @property
-    def neck(self) -> Neck:
-        """The neck; its child modules are this module's own."""
-        return self._neck[0]
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the pyramid ``{"p2": (N, C, H/4, W/4), ...}`` of the images ``x`` (N, 3, H, W)."""
-        return self.neck.pyramid(self.bottom_up, x)
-
-    def train(self, mode: bool = True) -> "PyramidBackbone":
-        """Switch to training or evaluation mode, the neck itself included."""
-        self.neck.training = mode
-        return super().train(mode)
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each level."""
-        return self.neck.output_shape()
-
-    @property
-    def size_divisibility(self) -> int:
-        """Image sides are padded to a multiple of this many pixels: what the neck or the pathway asks for."""
-        return max(self.neck.size_divisibility, self.bottom_up.size_divisibility)
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        """What the bottom-up pathway asks for on Detectron2's main branch (a square input for some ViTs)."""
-        constraints = dict(getattr(self.bottom_up, "padding_constraints", {}))
-        if "size_divisibility" in constraints:
-            constraints["size_divisibility"] = max(constraints["size_divisibility"], self.size_divisibility)
-        return constraints
-
-
 @BACKBONE_REGISTRY.register()
-def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
+def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Neck:
     """Build the bottom-up pathway ``cfg.MODEL.FPN.BOTTOM_UP`` with the neck ``cfg.MODEL.FPN.NECK``.
 
     Args:
@@ -105,7 +35,7 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PyramidBackbone:
     if cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING and not isinstance(bottom_up, TimmBackbone | ViTBackbone):
         checkpoint_stages(bottom_up)  # those of timm do it themselves
     _warn_of_unused(cfg, bottom_up)
-    backbone = PyramidBackbone(bottom_up, build_neck(cfg, bottom_up.output_shape()))
+    backbone = build_neck(cfg, bottom_up)
     return speed_up(backbone, cfg.MODEL.DEVICE) if is_fast(cfg) else backbone
 
 

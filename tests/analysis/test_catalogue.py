@@ -85,15 +85,13 @@ def test_a_foreign_backbone_does_not_end_the_list(monkeypatch):
 
 def test_a_new_component_appears_by_existing(monkeypatch):
     class OneMap(Neck):
-        def __init__(self, cfg, input_shape):
+        def __init__(self, cfg, bottom_up):
             super().__init__()
-            self.conv = nn.Conv2d(input_shape["res4"].channels, 8, 1)
+            self.conv = nn.Conv2d(bottom_up.output_shape()["res4"].channels, 8, 1)
+            self.own(bottom_up, ["res4"], {"p4": ShapeSpec(channels=8, stride=16)})
 
-        def forward(self, features):
+        def fuse(self, features):
             return {"p4": self.conv(features["res4"])}
-
-        def output_shape(self):
-            return {"p4": ShapeSpec(channels=8, stride=16)}
 
     monkeypatch.setitem(NECK_REGISTRY._obj_map, "OneMap", OneMap)
     (row,) = list_components((64, 64), names=["OneMap"])

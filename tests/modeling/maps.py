@@ -4,11 +4,26 @@ import math
 
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 CHANNELS = {"res2": 8, "res3": 12, "res4": 16, "res5": 20}
 SHAPES = {name: ShapeSpec(channels=c, stride=4 * 2**i) for i, (name, c) in enumerate(CHANNELS.items())}
 ODD_SIZES = [(64, 96), (65, 97), (33, 127), (100, 31), (31, 31), (1, 1)]
+
+
+class Given(Backbone):
+    """A bottom-up pathway without layers: it is called with its maps, so that a neck on it is called with them too."""
+
+    def __init__(self, shapes=SHAPES):
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, maps):
+        return maps
+
+    def output_shape(self):
+        return self.shapes
 
 
 def bottom_up_maps(size, names=tuple(CHANNELS), images=2, dtype=torch.float32):

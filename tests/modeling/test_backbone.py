@@ -6,16 +6,20 @@ import math
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.export import scripting_with_instances
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone import FPN as StockFPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.fast.convolution import FastConv2d
-from fpn_d2.modeling import NECK_REGISTRY, Neck, PyramidBackbone
+from fpn_d2.modeling import FPN, NECK_REGISTRY, Neck
+
+from .maps import Given
 
 
 def config(depth=18, **options):
@@ -88,14 +92,12 @@ def test_names_order_and_initial_weights_are_detectron2s():
 def test_copy_mode_and_device_move_the_neck_along():
     backbone = build_backbone(config(MODEL__FPN__NORM="BN"))
     twin = copy.deepcopy(backbone)
-    assert twin.neck is not backbone.neck
-    assert twin.neck.fpn_lateral2 is twin.fpn_lateral2
+    assert twin.lateral_convs[-1] is twin.fpn_lateral2 is not backbone.fpn_lateral2
     with torch.no_grad():
         twin.fpn_lateral2.weight.zero_()
     assert backbone.fpn_lateral2.weight.abs().sum() > 0
-    assert backbone.train().neck.training and not backbone.eval().neck.training
-    assert not backbone.fpn_lateral2.norm.training
-    assert backbone.double().neck.fpn_output3.weight.dtype == torch.float64
+    assert backbone.train().fpn_lateral2.norm.training and not backbone.eval().fpn_lateral2.norm.training
+    assert backbone.double().fpn_output3.weight.dtype == torch.float64
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         assert not torch.equal(twin.eval().double()(x)["p2"], backbone(x)["p2"])
@@ -136,70 +138,71 @@ def test_auto_top_block():
 
 
 class OneMap(Neck):
-    def __init__(self, child_name="conv", own_parameter=False):
+    """With a parameter of its own, beside a child."""
+
+    def __init__(self, bottom_up):
         super().__init__()
-        self.add_module(child_name, nn.Conv2d(512, 16, 1))
-        if own_parameter:
-            self.scale = nn.Parameter(torch.ones(1))
+        self.conv = nn.Conv2d(512, 16, 1)
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+        self.own(bottom_up, ["res5"], {"p5": ShapeSpec(channels=16, stride=32)})
 
-    def forward(self, features):
-        return {"p5": self.conv(features["res5"])}
-
-    def output_shape(self):
-        return {"p5": ShapeSpec(channels=16, stride=32)}
+    def fuse(self, features):
+        return {"p5": self.scale * self.conv(features["res5"])}
 
 
 def test_a_neck_of_your_own_is_found_by_name():
     try:
-        NECK_REGISTRY._do_register("OneMap", lambda cfg, input_shape: OneMap())
+        NECK_REGISTRY._do_register("OneMap", lambda cfg, bottom_up: OneMap(bottom_up))
         backbone = build_backbone(config(MODEL__FPN__NECK="OneMap"))
     finally:
         NECK_REGISTRY._obj_map.pop("OneMap")
     assert backbone(torch.randn(1, 3, 64, 64))["p5"].shape == (1, 16, 2, 2)
-    assert backbone.size_divisibility == 0
-    assert "conv.weight" in backbone.state_dict()
+    assert backbone.size_divisibility == 0 and backbone.in_features == ("res5",)
+    names = list(backbone.state_dict())
+    assert names[:3] == ["scale", "conv.weight", "conv.bias"] and names[3].startswith("bottom_up.")
 
 
-@pytest.mark.parametrize(
-    "options,message", [({"own_parameter": True}, "holds scale"), ({"child_name": "bottom_up"}, "taken")]
-)
-def test_neck_that_would_lose_parameters_is_refused(options, message):
-    bottom_up = build_backbone(config()).bottom_up
-    with pytest.raises(ValueError, match=message):
-        PyramidBackbone(bottom_up, OneMap(**options))
+def test_a_neck_without_its_bottom_up_pathway_is_told_how_to_own_it():
+    try:
+        NECK_REGISTRY._do_register("OneMap", lambda cfg, bottom_up: nn.Identity())
+        with pytest.raises(UserError, match=r"OneMap has no bottom_up.*self.own\(bottom_up, in_features, outputs\)"):
+            build_backbone(config(MODEL__FPN__NECK="OneMap"))
+    finally:
+        NECK_REGISTRY._obj_map.pop("OneMap")
 
 
 class TwoSizes(OneMap):
     """Runs the bottom-up pathway twice, as a neck may."""
 
-    def pyramid(self, bottom_up, images):
-        return {"p5": self(bottom_up(images))["p5"] + self(bottom_up(images.flip(3)))["p5"].flip(3)}
+    def forward(self, x):
+        once, mirrored = (self.fuse(self.bottom_up(images))["p5"] for images in (x, x.flip(3)))
+        return {"p5": once + mirrored.flip(3)}
 
 
 def test_a_neck_may_run_the_bottom_up_pathway_itself():
     bottom_up = build_backbone(config(MODEL__RESNETS__NORM="GN")).bottom_up
-    backbone = PyramidBackbone(bottom_up, TwoSizes()).eval()
+    backbone = TwoSizes(bottom_up).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        once, both = backbone.neck(bottom_up(images))["p5"], backbone(images)["p5"]
-        mirrored = backbone.neck(bottom_up(images.flip(3)))["p5"]
+        once, both = backbone.fuse(bottom_up(images))["p5"], backbone(images)["p5"]
+        mirrored = backbone.fuse(bottom_up(images.flip(3)))["p5"]
         torch.testing.assert_close(both, once + mirrored.flip(3))
         assert not torch.allclose(both, once)
 
 
-def test_a_child_that_is_replaced_is_replaced_in_the_neck():
+def test_a_child_that_is_replaced_is_run():
     backbone = build_backbone(config())
     x = torch.randn(1, 3, 64, 64)
     before = backbone(x)
     backbone.fpn_output2 = nn.Conv2d(32, 32, 3, padding=1)
-    assert backbone.neck.fpn_output2 is backbone.fpn_output2
+    assert backbone.output_convs[-1] is backbone.fpn_output2
     after = backbone(x)
     assert not torch.equal(after["p2"], before["p2"]) and torch.equal(after["p3"], before["p3"])
 
 
 def test_frozen_norms_of_the_neck_are_folded_too():
     backbone = build_backbone(config(MODEL__FPN__NORM="FrozenBN"))
-    assert type(backbone.neck.fpn_output2) is type(backbone.fpn_output2) is FastConv2d
+    assert type(backbone.fpn_output2) is FastConv2d
 
 
 @pytest.mark.parametrize("last,warned", [("res5", False), ("res4", True)])
@@ -224,3 +227,136 @@ def test_image_pyramid_has_no_top_block():
 def test_group_norm_of_other_channels_names_the_keys():
     with pytest.raises(ValueError, match="MODEL.FPN.NORM.*'GN' does not go with 48 channels .MODEL.FPN.OUT_CHANNELS"):
         build_backbone(config(MODEL__FPN__NORM="GN", MODEL__FPN__OUT_CHANNELS=48))
+
+
+# ---- What code round Detectron2 reads of its FPN ------------------------------------------------------------------
+
+
+def exact_twins(retina=False, **options):
+    """Detectron2's backbone and ours with the same weights, and images of sides that Detectron2's FPN takes."""
+    name = "build_retinanet_resnet_fpn_backbone" if retina else "build_resnet_fpn_backbone"
+    meta = "RetinaNet" if retina else "GeneralizedRCNN"
+    cfg = config(MODEL__NUMERICS="exact", MODEL__META_ARCHITECTURE=meta, **options)
+    if retina:
+        cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    ours = build_backbone(cfg).eval()
+    cfg.MODEL.BACKBONE.NAME = name
+    stock = build_backbone(cfg).eval()
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    return stock, ours, torch.randn(2, 3, 64, 96)
+
+
+def assert_same_maps(actual, expected):
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("retina", [False, True])
+def test_is_detectron2s_fpn_to_whoever_asks(retina):
+    stock, ours, _ = exact_twins(retina, MODEL__FPN__FUSE_TYPE="avg")
+    assert isinstance(ours, StockFPN)
+    told = ("in_features", "_out_features", "_out_feature_strides", "_out_feature_channels", "_fuse_type")
+    for name in (*told, "size_divisibility", "_size_divisibility"):
+        assert getattr(ours, name) == getattr(stock, name), name
+        assert type(getattr(ours, name)) is type(getattr(stock, name)), name
+    assert ours.output_shape() == stock.output_shape() and list(ours.output_shape()) == list(stock.output_shape())
+    names = {id(module): name for name, module in [*stock.named_modules(), *ours.named_modules()]}
+    for convs in ("lateral_convs", "output_convs"):
+        assert [names[id(conv)] for conv in getattr(ours, convs)] == [names[id(conv)] for conv in getattr(stock, convs)]
+    for name in ("in_feature", "num_levels"):
+        assert getattr(ours.top_block, name) == getattr(stock.top_block, name)
+    assert type(ours.top_block) is type(stock.top_block)
+
+
+@pytest.mark.parametrize("retina", [False, True])
+@pytest.mark.parametrize("fuse", ["sum", "avg"])
+def test_detectron2s_forward_runs_on_ours(retina, fuse):
+    stock, ours, images = exact_twins(retina, MODEL__FPN__FUSE_TYPE=fuse)
+    with torch.no_grad():
+        expected = stock(images)
+        assert_same_maps(StockFPN.forward(ours, images), expected)
+        assert_same_maps(ours(images), expected)
+
+
+@pytest.mark.parametrize("top_block", ["none", "maxpool", "p6_p5", "p6p7_c5", "p6p7_p5", "p6p7_maxpool"])
+def test_detectron2s_forward_runs_on_ours_with_any_top_block(top_block):
+    ours = build_backbone(config(MODEL__NUMERICS="exact", MODEL__FPN__TOP_BLOCK=top_block)).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert_same_maps(StockFPN.forward(ours, images), ours(images))
+
+
+@pytest.mark.parametrize("retina", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_scripting_gives_detectron2s_fpn(retina, whole):
+    stock, ours, images = exact_twins(retina)
+    names = list(ours.state_dict())
+    model = nn.Sequential(ours).eval() if whole else ours
+    scripted = scripting_with_instances(model, {})
+    with torch.no_grad():
+        assert_same_maps(scripted(images), stock(images))
+        assert_same_maps(ours(images), stock(images))
+    assert list(ours.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [("NECK", "PAFPN"), ("NECK", "BiFPN"), ("UPSAMPLE", "bilinear"), ("OUT_FEATURES", ["p2"]), ("LATERAL", False)],
+)
+def test_scripting_refuses_what_detectron2_does_not_have(key, value):
+    backbone = build_backbone(config(**{f"MODEL__FPN__{key}": value})).eval()
+    with pytest.raises(UserError, match=f"cannot compile the neck {type(backbone).__name__}.*trace the model instead"):
+        scripting_with_instances(backbone, {})
+
+
+def test_a_subclass_that_computes_something_else_is_not_scripted_as_the_fpn():
+    class Doubled(FPN):
+        def fuse(self, features):
+            return {name: 2 * value for name, value in super().fuse(features).items()}
+
+    neck = Doubled(build_backbone(config()).bottom_up, in_features=["res4", "res5"]).eval()
+    with pytest.raises(UserError, match="Doubled"):
+        scripting_with_instances(neck, {})
+
+
+def test_bottom_up_pathway_comes_last_in_every_neck():
+    """Optimizers number their state in this order, and Detectron2's FPN has it last."""
+    cfg = config(MODEL__FPN__NECK="PAFPN")
+    names = [name.split(".")[0] for name in build_backbone(cfg).state_dict()]
+    first = names.index("bottom_up")
+    assert set(names[first:]) == {"bottom_up"} and "pafpn_output5" in names[:first]
+
+
+class Square(Given):
+    padding_constraints = {"square_size": 1024, "size_divisibility": 16}
+    size_divisibility = 16
+
+
+def test_padding_that_the_bottom_up_pathway_asks_for():
+    """``padding_constraints`` is read by Detectron2's main branch alone."""
+    names = ["res2", "res3"]
+    neck = FPN(Square(), in_features=names)
+    assert neck.size_divisibility == 16
+    assert neck.padding_constraints == {"square_size": 1024, "size_divisibility": 16}
+    assert FPN(Square(), in_features=["res4", "res5"]).padding_constraints["size_divisibility"] == 32
+    assert FPN(Given(), in_features=names).size_divisibility == 8
+    assert FPN(Given(), in_features=names).padding_constraints == {}
+
+
+@pytest.mark.parametrize(
+    "key,names,message",
+    [
+        ("RPN", ["p2", "p7"], r"has p2, p3, p4, p5, p6, not the 'p7'.*set MODEL.FPN.TOP_BLOCK to p6p7_p5"),
+        ("RPN", ["p1"], "not the 'p1'.*MODEL.FPN.IN_FEATURES"),
+        ("ROI_HEADS", ["res4"], "not the 'res4'.*MODEL.ROI_HEADS.IN_FEATURES"),
+    ],
+)
+def test_a_level_that_is_not_there_names_the_keys(key, names, message):
+    """Asked by Detectron2's own builders, which would say no more than KeyError: 'p7'."""
+    cfg = config(MODEL__ROI_HEADS__IN_FEATURES=["p2"], MODEL__RPN__IN_FEATURES=["p2"], MODEL__FPN__TOP_BLOCK="maxpool")
+    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_BOX_HEAD.NAME = "StandardROIHeads", "FastRCNNConvFCHead"
+    cfg.MODEL[key].IN_FEATURES = names
+    with pytest.raises(UserError, match=message) as caught:
+        build_model(cfg)
+    assert isinstance(caught.value, KeyError) and not str(caught.value).startswith('"')

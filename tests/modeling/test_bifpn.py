@@ -13,12 +13,12 @@ from fpn_d2.modeling import build_neck
 from fpn_d2.modeling.necks import BiFPN
 from fpn_d2.modeling.necks.bifpn import Fusion, bifpn_nodes
 
-from .maps import CHANNELS, ODD_SIZES, SHAPES, bottom_up_maps, pooled, randomise, repeated
+from .maps import CHANNELS, ODD_SIZES, SHAPES, Given, bottom_up_maps, pooled, randomise, repeated
 
 
 def build(**options):
     options = {"in_features": ["res3", "res4", "res5"], "out_channels": 6, "repeats": 2} | options
-    return randomise(BiFPN(SHAPES, **options)).eval()
+    return randomise(BiFPN(Given(), **options)).eval()
 
 
 def test_node_table_of_efficientdet():
@@ -211,7 +211,7 @@ def test_size_of_efficientdet_d0():
     """64 channels, P3 to P7, three layers on EfficientNet-B0's 40, 112 and 320 channels."""
     channels = {"res3": 40, "res4": 112, "res5": 320}
     shapes = {name: ShapeSpec(channels=c, stride=SHAPES[name].stride) for name, c in channels.items()}
-    neck = BiFPN(shapes, in_features=list(channels), out_channels=64)
+    neck = BiFPN(Given(shapes), in_features=list(channels), out_channels=64)
     # Eight nodes a layer, five with two inputs and three with three: convolution and norm, and the fusion weights.
     nodes = 3 * 8 * (9 * 64 + 64 * 64 + 2 * 64)
     fusions = 3 * (2 * 5 + 3 * 3)
@@ -246,7 +246,7 @@ def test_options_that_only_the_fpn_has_are_refused(neck, key, value):
     add_fpn_d2_config(cfg)
     cfg.MODEL.FPN.IN_FEATURES = list(CHANNELS)
     cfg.MODEL.FPN.NECK, cfg.MODEL.FPN.OUT_CHANNELS = neck, 8
-    build_neck(cfg, SHAPES)
+    build_neck(cfg, Given())
     cfg.MODEL.FPN[key] = value
     with pytest.raises(ValueError, match=rf"MODEL.FPN.{key} is .*neck {neck} does not have"):
-        build_neck(cfg, SHAPES)
+        build_neck(cfg, Given())

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from fpn_d2.modeling import FPN
-from fpn_d2.modeling.necks.upsample import add_nearest, fit
+from fpn_d2.modeling.necks.parts import fit
+from fpn_d2.modeling.necks.upsample import add_nearest
 
-from .maps import CHANNELS, ODD_SIZES, SHAPES, bottom_up_maps, pooled, repeated
+from .maps import CHANNELS, ODD_SIZES, Given, bottom_up_maps, pooled, repeated
 
 
 def build(**options):
     torch.manual_seed(1)
-    neck = FPN(SHAPES, **{"in_features": list(CHANNELS), "out_channels": 6} | options)
+    neck = FPN(Given(), **{"in_features": list(CHANNELS), "out_channels": 6} | options)
     for parameter in neck.parameters():  # biases start at zero, where a forgotten one would not show
         nn.init.normal_(parameter, std=0.3)
     return neck
@@ -157,7 +158,7 @@ def test_deconv_starts_as_nearest():
     necks = []
     for upsample in ("nearest", "deconv"):
         torch.manual_seed(0)
-        necks.append(FPN(SHAPES, in_features=list(CHANNELS), out_channels=6, upsample=upsample))
+        necks.append(FPN(Given(), in_features=list(CHANNELS), out_channels=6, upsample=upsample))
     necks[1].load_state_dict(necks[0].state_dict(), strict=False)
     for a, b in zip(necks[0](features).values(), necks[1](features).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -179,7 +180,7 @@ def test_bottom_up_that_rounds_down_is_stretched():
 
 @pytest.mark.parametrize("norm", ["", "GN", "BN"])
 def test_norm_and_bias(norm):
-    neck = FPN(SHAPES, in_features=list(CHANNELS), out_channels=32, norm=norm)
+    neck = FPN(Given(), in_features=list(CHANNELS), out_channels=32, norm=norm)
     for module in (neck.fpn_lateral3, neck.fpn_output3):
         assert (module.bias is None) == bool(norm)
         assert (module.norm is None) == (not norm)
@@ -187,7 +188,7 @@ def test_norm_and_bias(norm):
 
 
 def test_convolutions_are_the_papers():
-    neck = FPN(SHAPES, in_features=list(CHANNELS))
+    neck = FPN(Given(), in_features=list(CHANNELS))
     assert neck.fpn_lateral2.kernel_size == (1, 1) and neck.fpn_output2.kernel_size == (3, 3)
     assert {s.channels for s in neck.output_shape().values()} == {256}
     assert neck.size_divisibility == 32
@@ -198,7 +199,7 @@ def test_convolutions_are_the_papers():
     [
         ({"fuse_type": "max"}, "FUSE_TYPE.*'max'.*sum.*avg"),
         ({"upsample": "bicubic"}, "UPSAMPLE.*'bicubic'.*nearest, bilinear, deconv"),
-        ({"top_block": "p6"}, "TOP_BLOCK.*'p6'.*maxpool, p6p7_c5, p6p7_p5, p6p7_maxpool, none"),
+        ({"top_block": "p6"}, "TOP_BLOCK.*'p6'.*maxpool, p6_p5, p6p7_c5, p6p7_p5, p6p7_maxpool, none"),
         ({"norm": "XN"}, "NORM.*'XN'.*expected GN"),
         ({"in_features": []}, "IN_FEATURES.*empty"),
         ({"in_features": ["res4", "res6"]}, r"asks for res6.*res5 \(stride 32, 20 channels\)"),

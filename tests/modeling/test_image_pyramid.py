@@ -12,7 +12,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
-from fpn_d2.modeling import ImagePyramid, PyramidBackbone
+from fpn_d2.modeling import ImagePyramid
 from fpn_d2.modeling.necks.image_pyramid import resize
 
 SHAPES = {"res4": ShapeSpec(channels=5, stride=16)}
@@ -37,9 +37,7 @@ class Patches(Backbone):
 
 def build(**options):
     torch.manual_seed(0)
-    backbone = PyramidBackbone(
-        Patches(), ImagePyramid(SHAPES, **({"in_features": ["res4"], "out_channels": 6} | options))
-    )
+    backbone = ImagePyramid(Patches(), **({"in_features": ["res4"], "out_channels": 6} | options))
     for parameter in backbone.parameters():
         nn.init.normal_(parameter, std=0.3)
     return backbone
@@ -132,10 +130,10 @@ def test_one_set_of_weights_and_gradient_from_every_level():
         assert all(grad.abs().sum() > 0 for grad in grads)
 
 
-def test_forward_takes_maps_that_are_there_already():
+def test_fuse_takes_maps_that_are_there_already():
     backbone = build(levels=[3, 4])
     features = {"res3": torch.randn(1, 5, 8, 8), "res4": torch.randn(1, 5, 4, 4)}
-    outputs = backbone.neck(features)
+    outputs = backbone.fuse(features)
     for k in (3, 4):
         expected = backbone.pyramid_output(backbone.pyramid_lateral(features[f"res{k}"]))
         assert torch.equal(outputs[f"p{k}"], expected)

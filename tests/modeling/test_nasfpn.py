@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from fpn_d2.modeling.necks import NASFPN
 from fpn_d2.modeling.necks.nasfpn import CELLS, attention, nasfpn_cells
 
-from .maps import CHANNELS, ODD_SIZES, SHAPES, bottom_up_maps, pooled, randomise, repeated
+from .maps import CHANNELS, ODD_SIZES, SHAPES, Given, bottom_up_maps, pooled, randomise, repeated
 
 
 def build(**options):
     options = {"in_features": ["res3", "res4", "res5"], "out_channels": 6, "repeats": 2} | options
-    return randomise(NASFPN(SHAPES, **options)).eval()
+    return randomise(NASFPN(Given(), **options)).eval()
 
 
 def test_graph_is_the_published_one():

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from fpn_d2.modeling import FPN
 from fpn_d2.modeling.necks import PAFPN
 
-from .maps import CHANNELS, ODD_SIZES, SHAPES, bottom_up_maps, randomise, repeated
+from .maps import CHANNELS, ODD_SIZES, SHAPES, Given, bottom_up_maps, randomise, repeated
 
 
 def build(neck=PAFPN, **options):
-    return randomise(neck(SHAPES, **{"in_features": list(CHANNELS), "out_channels": 6} | options))
+    return randomise(neck(Given(), **{"in_features": list(CHANNELS), "out_channels": 6} | options))
 
 
 def convolved(state, name, x, padding, stride=1):

@@ -13,9 +13,11 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
-from fpn_d2.modeling import PyramidBackbone, SimpleFeaturePyramid, build_neck
-from fpn_d2.modeling.necks.simple_pyramid import ChannelLayerNorm, rescale_layers
+from fpn_d2.modeling import SimpleFeaturePyramid, build_neck
+from fpn_d2.modeling.necks.parts import ChannelLayerNorm, rescale_layers
 from tests.batches import random_batch
+
+from .maps import Given
 
 C = 16
 SHAPES = {"res4": ShapeSpec(channels=C, stride=16)}
@@ -37,9 +39,9 @@ class Patches(Backbone):
         return {"res4": ShapeSpec(channels=C, stride=self.patch)}
 
 
-def build(shapes=SHAPES, **options):
+def build(bottom_up=None, **options):
     torch.manual_seed(0)
-    neck = SimpleFeaturePyramid(shapes, **({"in_features": ["res4"], "out_channels": 6} | options))
+    neck = SimpleFeaturePyramid(bottom_up or Patches(), **({"in_features": ["res4"], "out_channels": 6} | options))
     for parameter in neck.parameters():
         nn.init.normal_(parameter, std=0.5)
     return neck
@@ -84,7 +86,7 @@ def test_equals_loops(size):
             value = channel_norm(F.conv2d(value, one.weight), one.norm)
             expected[f"p{k}"] = channel_norm(F.conv2d(value, three.weight, padding=1), three.norm)
         expected["p6"] = expected["p5"][:, :, ::2, ::2]
-        actual = neck({"res4": x})
+        actual = neck.fuse({"res4": x})
     assert list(actual) == list(expected)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-3, atol=1e-4)
@@ -98,7 +100,7 @@ def test_equals_detectron2s():
     theirs = detectron2_backbones.SimpleFeaturePyramid(
         Patches(), "res4", 6, (4.0, 2.0, 1.0, 0.5), top_block=LastLevelMaxPool(), norm="LN"
     )
-    ours = PyramidBackbone(Patches(), build(norm="LN"))
+    ours = build(norm="LN")
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.5)
     state = {key.replace("net.", "bottom_up."): value for key, value in theirs.state_dict().items()}
@@ -115,7 +117,7 @@ def test_equals_detectron2s():
 @pytest.mark.parametrize("size", [(64, 96), (75, 101), (17, 33), (5, 1)])
 @pytest.mark.parametrize("top_block", ["maxpool", "p6p7_p5", "none"])
 def test_declared_shapes_are_real_at_odd_sizes(size, top_block):
-    backbone = PyramidBackbone(Patches(), build(top_block=top_block, norm=""))
+    backbone = build(top_block=top_block, norm="")
     maps = backbone(torch.randn(2, 3, *size))
     assert list(maps) == list(backbone.output_shape())
     for key, shape in backbone.output_shape().items():
@@ -123,7 +125,7 @@ def test_declared_shapes_are_real_at_odd_sizes(size, top_block):
 
 
 def test_cells_stay_where_they_are_when_a_level_is_cut():
-    backbone = PyramidBackbone(Patches(), build(norm=""))
+    backbone = build(norm="")
     image = torch.randn(1, 3, 70, 50)
     padded = torch.zeros(1, 3, 80, 64)
     padded[..., :70, :50] = image
@@ -137,8 +139,7 @@ def test_cells_stay_where_they_are_when_a_level_is_cut():
     [(16, [3, 4], 16, "p3 p4 p5"), (8, [2, 3, 4, 5], 32, "p2 p3 p4 p5 p6"), (32, [3, 4, 5, 6], 64, "p3 p4 p5 p6 p7")],
 )
 def test_other_levels_and_patches(stride, levels, divisibility, names):
-    patches = Patches(stride)
-    backbone = PyramidBackbone(patches, build(patches.output_shape(), levels=levels))
+    backbone = build(Patches(stride), levels=levels)
     assert backbone.size_divisibility == divisibility
     maps = backbone(torch.randn(1, 3, 128, 192))
     assert list(maps) == names.split()
@@ -177,18 +178,18 @@ def test_images_of_a_batch_are_padded_to_the_coarsest_stride():
 
 
 def test_builder_reads_the_configuration():
-    neck = build_neck(config(MODEL__FPN__SIMPLE_PYRAMID_LEVELS=[3, 4]), SHAPES)
+    neck = build_neck(config(MODEL__FPN__SIMPLE_PYRAMID_LEVELS=[3, 4]), Given(SHAPES))
     assert list(neck.output_shape()) == ["p3", "p4", "p5"]
     assert isinstance(neck.simfp_4[0].norm, ChannelLayerNorm) and neck.simfp_4[0].out_channels == 8
-    assert build_neck(config(MODEL__FPN__NORM=""), SHAPES).simfp_4[0].norm is None
-    retina = build_neck(config(MODEL__META_ARCHITECTURE="RetinaNet"), SHAPES)
+    assert build_neck(config(MODEL__FPN__NORM=""), Given(SHAPES)).simfp_4[0].norm is None
+    retina = build_neck(config(MODEL__META_ARCHITECTURE="RetinaNet"), Given(SHAPES))
     assert list(retina.output_shape())[-2:] == ["p6", "p7"] and retina.top_block.p6.in_channels == 8
 
 
 def test_gradcheck_float64():
     neck = build(levels=[3, 4, 5]).double()
     x = torch.randn(1, C, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: tuple(neck({"res4": x}).values()), x)
+    assert torch.autograd.gradcheck(lambda x: tuple(neck.fuse({"res4": x}).values()), x)
 
 
 def test_channel_layer_norm_keeps_half_precision_and_any_memory_layout():
@@ -234,4 +235,4 @@ RESNET = {f"res{k}": ShapeSpec(channels=2**k, stride=2**k) for k in (2, 3, 4, 5)
 )
 def test_construction_refuses(shapes, options, message):
     with pytest.raises(ValueError, match=message):
-        build(shapes, **options)
+        build(Given(shapes), **options)

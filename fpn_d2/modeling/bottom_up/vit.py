@@ -13,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ..necks.simple_pyramid import ChannelLayerNorm, rescale_layers
+from ..necks.parts import ChannelLayerNorm, rescale_layers
 from ..sizes import cut_to_stride, pad_to_multiple
 from .timm_backbone import turn_on_checkpointing
 from .timm_weights import check_name, create_model, timm_arguments, weight_source

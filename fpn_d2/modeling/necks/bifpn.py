@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from .build import NECK_REGISTRY
-from .conv import xavier_conv
 from .input_levels import GraphNeck, InputLevels
-from .upsample import fit, nearest
+from .parts import fit, nearest, xavier_conv
 
 FUSIONS = ("fast", "softmax", "sum")
 
@@ -157,7 +157,7 @@ class BiFPN(GraphNeck):
     @configurable
     def __init__(
         self,
-        input_shape: dict[str, ShapeSpec],
+        bottom_up: Backbone,
         *,
         in_features: Sequence[str],
         out_channels: int = 256,
@@ -170,7 +170,7 @@ class BiFPN(GraphNeck):
         """Build the neck.
 
         Args:
-            input_shape: channels and stride of each bottom-up map.
+            bottom_up: the bottom-up pathway.
             in_features: names of the maps to use, from high to low resolution; strides double.
             out_channels: d, the channels of every level; EfficientDet has 64 (D0) to 384 (D7).
             norm: a norm of :func:`detectron2.layers.get_norm` after each convolution; "BN" in the paper; empty: none.
@@ -185,6 +185,7 @@ class BiFPN(GraphNeck):
         """
         if fusion not in FUSIONS:
             raise ValueError(f"fusion (MODEL.FPN.FUSION) is {fusion!r}; expected one of {', '.join(FUSIONS)}")
+        input_shape = bottom_up.output_shape()
         super().__init__(InputLevels(input_shape, in_features, out_channels, norm, top_block), repeats)
         nodes = bifpn_nodes(self.levels[0], self.levels[-1])
         self._skips = dict(zip(self.input_levels.bottom_up_levels[1:], in_features[1:], strict=True))
@@ -192,16 +193,17 @@ class BiFPN(GraphNeck):
             self.add_module(f"bifpn_skip{level}", xavier_conv(input_shape[name].channels, out_channels, 1, norm))
         for i in range(repeats):
             self.add_module(f"bifpn_layer{i}", BiFPNLayer(nodes, out_channels, fusion, separable_conv, norm))
+        self.own(bottom_up)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``."""
-        return super().from_config(cfg, input_shape) | {
+        return super().from_config(cfg, bottom_up) | {
             "fusion": cfg.MODEL.FPN.FUSION,
             "separable_conv": cfg.MODEL.FPN.SEPARABLE_CONV,
         }
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fuse(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``{"p3": (N, d, H/8, W/8), ...}``, from high to low resolution, for maps of any size."""
         maps = self.input_levels(features)
         skips = maps | {k: getattr(self, f"bifpn_skip{k}")(features[name]) for k, name in self._skips.items()}

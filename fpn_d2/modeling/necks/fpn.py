@@ -6,17 +6,18 @@ Shape legend, for an image of H x W pixels in a batch of N:
     p{k}     output of level k: (N, d, as res{k}); above the last bottom-up level it comes from the top block
 """
 
-import math
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from torch import Tensor
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling.backbone import FPN as Detectron2FPN
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
 
 from .build import NECK_REGISTRY, Neck
-from .conv import conv
+from .parts import chosen, conv, pyramid_levels
 from .top_blocks import build_top_block, num_top_levels, reads_bottom_up, top_block_of
 from .upsample import add_nearest, build_upsample
 
@@ -24,17 +25,21 @@ FUSE_TYPES = ("sum", "avg")
 
 
 @NECK_REGISTRY.register()
-class FPN(Neck):
+class FPN(Neck, Detectron2FPN):
     """1x1 laterals, a top-down pathway and 3x3 output convolutions; equal to Detectron2's FPN where that works.
 
     Child modules have Detectron2's names: ``fpn_lateral{k}``, ``fpn_output{k}`` and ``top_block``, with
     ``fpn_upsample{k}`` beside them where up-sampling has parameters. A module that no output depends on is not built.
+    It is a Detectron2 ``FPN`` to whoever asks, with what others read of one: ``in_features``, ``lateral_convs``,
+    ``output_convs``, ``top_block``.
     """
+
+    _square_pad = 0  # of Detectron2's main branch
 
     @configurable
     def __init__(
         self,
-        input_shape: dict[str, ShapeSpec],
+        bottom_up: Backbone,
         *,
         in_features: Sequence[str],
         out_channels: int = 256,
@@ -49,7 +54,7 @@ class FPN(Neck):
         """Build the neck.
 
         Args:
-            input_shape: channels and stride of each bottom-up map.
+            bottom_up: the bottom-up pathway.
             in_features: names of the maps to use, from high to low resolution, e.g. res2 to res5; strides double.
             out_channels: d, the channels of every output.
             norm: a norm of :func:`detectron2.layers.get_norm` after each convolution, which then has no bias;
@@ -67,7 +72,8 @@ class FPN(Neck):
             ValueError: an option has no such value, a map is missing, strides do not double, an output does not
                 exist, or both pathways are cut.
         """
-        super().__init__()
+        Backbone.__init__(self)  # Detectron2's FPN would build every module a second time
+        input_shape = bottom_up.output_shape()
         levels = pyramid_levels(input_shape, in_features)
         if fuse_type not in FUSE_TYPES:
             raise ValueError(f"fuse_type (MODEL.FPN.FUSE_TYPE) is {fuse_type!r}; expected one of {FUSE_TYPES}")
@@ -77,21 +83,20 @@ class FPN(Neck):
                 "would see nothing; set at least one of them to True"
             )
         above = [levels[-1] + 1 + i for i in range(num_top_levels(top_block))]
-        self._output_shape = _chosen(
+        outputs = chosen(
             {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in [*levels, *above]}, out_features
         )
-        self.in_features = tuple(in_features)
         self.levels = levels
         self.upsample = upsample
-        self.fuse_type = fuse_type
         self.top_down = top_down
+        self._fuse_type = fuse_type
+        self._size_divisibility = 2 ** levels[-1]  # as Detectron2 pads; the neck itself works at any size
 
         # What the wanted outputs depend on; nothing else is built.
-        wanted = [k for k in [*levels, *above] if f"p{k}" in self._output_shape]
+        wanted = [k for k in [*levels, *above] if f"p{k}" in outputs]
         top_levels = max(wanted[-1] - levels[-1], 0)
-        self._top_reads_bottom_up = reads_bottom_up(top_block)
         needed = {k for k in wanted if k <= levels[-1]}
-        if top_levels and not self._top_reads_bottom_up:
+        if top_levels and not reads_bottom_up(top_block):
             needed.add(levels[-1])
         self._output_levels = self._levels_for(needed)
         if top_down and self._output_levels:
@@ -103,7 +108,8 @@ class FPN(Neck):
 
         # Top block first, each pair of convolutions before either is filled: the order in which Detectron2 draws
         # random numbers, so that the same seed gives the same initial weights.
-        top = build_top_block(top_block, input_shape[in_features[-1]].channels, out_channels, norm, top_levels)
+        last = (in_features[-1], input_shape[in_features[-1]].channels, levels[-1])
+        top = build_top_block(top_block, *last, out_channels, norm, top_levels)
         for level, name in zip(levels, in_features, strict=True):
             pair = {}
             if level in self._lateral_levels:
@@ -116,12 +122,13 @@ class FPN(Neck):
         for level in merged_levels[:-1] if top_down else []:
             self.add_module(f"fpn_upsample{level}", build_upsample(upsample, out_channels))
         self.top_block = top
+        self.own(bottom_up, in_features, outputs)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``."""
         return {
-            "input_shape": input_shape,
+            "bottom_up": bottom_up,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "norm": cfg.MODEL.FPN.NORM,
@@ -133,14 +140,24 @@ class FPN(Neck):
             "out_features": cfg.MODEL.FPN.OUT_FEATURES,
         }
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def lateral_convs(self) -> list[Conv2d]:
+        """The 1x1 convolutions, from low to high resolution, as Detectron2's FPN runs them."""
+        return [getattr(self, f"fpn_lateral{k}") for k in reversed(self._lateral_levels)]
+
+    @property
+    def output_convs(self) -> list[Conv2d]:
+        """The 3x3 convolutions, from low to high resolution."""
+        return [getattr(self, f"fpn_output{k}") for k in reversed(self._output_levels)]
+
+    def fuse(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``{"p2": (N, d, H/4, W/4), ...}``, from high to low resolution, for maps of any size."""
         outputs = self._outputs(features)
         if self.top_block is not None:
-            last = self.levels[-1]
-            source = features[self.in_features[-1]] if self._top_reads_bottom_up else outputs[last]
+            last, name = self.levels[-1], self.top_block.in_feature
+            source = features[name] if name in self.in_features else outputs[last]
             outputs |= {last + 1 + i: x for i, x in enumerate(self.top_block(source))}
-        return {name: outputs[int(name[1:])] for name in self._output_shape}
+        return {name: outputs[int(name[1:])] for name in self._out_features}
 
     def _levels_for(self, needed: set[int]) -> list[int]:
         """Levels, ascending, whose output convolution is needed to return those in ``needed``."""
@@ -162,7 +179,7 @@ class FPN(Neck):
                 merged = getattr(self, f"fpn_upsample{level}")(merged, features[name].shape[-2:])
                 if lateral is not None:
                     merged = lateral + merged
-                    if self.fuse_type == "avg":
+                    if self._fuse_type == "avg":
                         merged = merged / 2
             if level in self._output_levels:
                 outputs[level] = getattr(self, f"fpn_output{level}")(merged)
@@ -171,54 +188,36 @@ class FPN(Neck):
     def _adds_in_place(self, coarser: Tensor, finer: Tensor) -> bool:
         """Whether :func:`add_nearest` does what these options ask for: at inference, where nobody needs the lateral."""
         fits = all(2 * a - b in (0, 1) for a, b in zip(coarser.shape[2:], finer.shape[2:], strict=True))
-        plain = self.upsample == "nearest" and self.fuse_type == "sum"
+        plain = self.upsample == "nearest" and self._fuse_type == "sum"
         # A hook may keep the lateral's output.
         plain = plain and not any(getattr(self, f"fpn_lateral{k}")._forward_hooks for k in self._lateral_levels)
         return plain and fits and not finer.requires_grad and not torch.jit.is_tracing()
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output, p2 first."""
-        return dict(self._output_shape)
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return Detectron2's FPN with the same modules, which ``torch.jit.script`` can compile.
 
-    @property
-    def size_divisibility(self) -> int:
-        """The coarsest bottom-up stride, as Detectron2 pads; the neck itself works at any size."""
-        return 2 ** self.levels[-1]
+        Raises:
+            UserError: these options are not Detectron2's.
+        """
+        if not self._computes_detectron2s():
+            return super().__prepare_scriptable__()
+        twin = Detectron2FPN.__new__(Detectron2FPN)
+        nn.Module.__init__(twin)
+        for name, child in self.named_children():
+            if not name.startswith("fpn_upsample"):  # a function there
+                twin.add_module(name, child)
+        for name in ("in_features", "lateral_convs", "output_convs", "training", "top_block"):
+            setattr(twin, name, getattr(self, name))
+        for name in ("features", "feature_channels", "feature_strides"):
+            setattr(twin, f"_out_{name}", getattr(self, f"_out_{name}"))
+        twin._fuse_type, twin._size_divisibility, twin._square_pad = self._fuse_type, self.size_divisibility, 0
+        # Set by detectron2.export, which cannot compile its own FPN otherwise.
+        prepare = getattr(twin, "__prepare_scriptable__", None)
+        return twin if prepare is None else prepare()
 
-
-def _chosen(shapes: dict[str, ShapeSpec], out_features: Sequence[str]) -> dict[str, ShapeSpec]:
-    """Keep of ``shapes`` those named in ``out_features``, or all if that is empty."""
-    if isinstance(out_features, str):
-        raise TypeError(f"out_features (MODEL.FPN.OUT_FEATURES) is the text {out_features!r}; expected a list of names")
-    unknown = [name for name in out_features if name not in shapes]
-    if unknown:
-        raise ValueError(
-            f"out_features (MODEL.FPN.OUT_FEATURES) asks for {', '.join(unknown)}; with these in_features and this "
-            f"top_block the pyramid has {', '.join(shapes)}"
-        )
-    return {name: shape for name, shape in shapes.items() if name in out_features or not out_features}
-
-
-def pyramid_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str]) -> list[int]:
-    """Return the level k, with stride 2^k, of each map in ``in_features``.
-
-    Raises:
-        ValueError: there is none, one is not in ``input_shape``, or their strides are not consecutive powers of 2.
-    """
-    available = ", ".join(f"{name} (stride {s.stride}, {s.channels} channels)" for name, s in input_shape.items())
-    if not in_features:
-        raise ValueError(f"in_features (MODEL.FPN.IN_FEATURES) is empty; name bottom-up maps, of {available}")
-    missing = [name for name in in_features if name not in input_shape]
-    if missing:
-        raise ValueError(
-            f"in_features (MODEL.FPN.IN_FEATURES) asks for {', '.join(missing)}, which the bottom-up pathway does "
-            f"not give; it gives {available}. For a ResNet, MODEL.RESNETS.OUT_FEATURES names what it gives"
-        )
-    strides = [input_shape[name].stride for name in in_features]
-    levels = [math.log2(stride) for stride in strides]
-    if any(level % 1 for level in levels) or any(b - a != 1 for a, b in zip(levels, levels[1:], strict=False)):
-        raise ValueError(
-            f"in_features (MODEL.FPN.IN_FEATURES) {list(in_features)} have strides {strides}; expected powers of 2 "
-            "that double from map to map, from high to low resolution"
-        )
-    return [int(level) for level in levels]
+    def _computes_detectron2s(self) -> bool:
+        """Whether Detectron2's FPN with these modules gives the same maps."""
+        own = type(self)
+        plain = (own.forward, own.fuse, own._outputs) == (Neck.forward, FPN.fuse, FPN._outputs)
+        whole = self.top_down and self._lateral_levels == self._output_levels == self.levels
+        return plain and whole and self.upsample == "nearest"

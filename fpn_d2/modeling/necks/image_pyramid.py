@@ -5,19 +5,18 @@ run on it: a cell of that map then covers 2^k pixels of the original image. With
 times its size and p6 from a quarter of it, all of them through the same weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor
 
 from ..sizes import cut_to_stride, pad_to_multiple
 from .build import NECK_REGISTRY, Neck
-from .conv import xavier_conv
-from .input_levels import refuse_fpn_options
-from .simple_pyramid import consecutive_levels, single_level
+from .parts import consecutive_levels, refuse_fpn_options, single_level, xavier_conv
 
 
 @NECK_REGISTRY.register()
@@ -31,7 +30,7 @@ class ImagePyramid(Neck):
     @configurable
     def __init__(
         self,
-        input_shape: dict[str, ShapeSpec],
+        bottom_up: Backbone,
         *,
         in_features: Sequence[str],
         out_channels: int = 256,
@@ -41,7 +40,7 @@ class ImagePyramid(Neck):
         """Build the neck.
 
         Args:
-            input_shape: channels and stride of each bottom-up map.
+            bottom_up: the bottom-up pathway.
             in_features: the name of the one map to use at every size of the image, e.g. res4.
             out_channels: d, the channels of every output.
             norm: a norm of :func:`detectron2.layers.get_norm` after each convolution; empty: none.
@@ -51,15 +50,17 @@ class ImagePyramid(Neck):
             ValueError: not exactly one map is asked for, it is missing, or an option has no such value.
         """
         super().__init__()
+        input_shape = bottom_up.output_shape()
         self.level = single_level(type(self).__name__, input_shape, in_features)
         self.levels = consecutive_levels(levels, "levels (MODEL.FPN.IMAGE_PYRAMID_LEVELS)")
-        self.in_feature = in_features[0]
-        self.pyramid_lateral = xavier_conv(input_shape[self.in_feature].channels, out_channels, 1, norm)
+        self.pyramid_lateral = xavier_conv(input_shape[in_features[0]].channels, out_channels, 1, norm)
         self.pyramid_output = xavier_conv(out_channels, out_channels, 3, norm)
-        self._output_shape = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
+        self._size_divisibility = 2 ** self.levels[-1]  # any size works: this pads once instead of at each level
+        outputs = {f"p{k}": ShapeSpec(channels=out_channels, stride=2**k) for k in self.levels}
+        self.own(bottom_up, in_features, outputs)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``."""
         refuse_fpn_options(cfg, cls.__name__)
         if cfg.MODEL.FPN.TOP_BLOCK not in ("auto", "none"):
@@ -68,34 +69,25 @@ class ImagePyramid(Neck):
                 "image: name the levels in MODEL.FPN.IMAGE_PYRAMID_LEVELS and set it to none"
             )
         return {
-            "input_shape": input_shape,
+            "bottom_up": bottom_up,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "norm": cfg.MODEL.FPN.NORM,
             "levels": cfg.MODEL.FPN.IMAGE_PYRAMID_LEVELS,
         }
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``{"p2": ..., ...}`` of ``{"res2": ..., ...}``: the bottom-up map at each size, named by its level."""
-        return {f"p{k}": self.pyramid_output(self.pyramid_lateral(features[f"res{k}"])) for k in self.levels}
-
-    def pyramid(self, bottom_up: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
-        """Run ``bottom_up`` on ``images`` (N, 3, H, W) at each size; p{k} is (N, d, ceil(H / 2^k), ceil(W / 2^k))."""
-        size = tuple(images.shape[-2:])
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Run the bottom-up pathway on ``x`` (N, 3, H, W) at each size; p{k} is (N, d, ceil(H/2^k), ceil(W/2^k))."""
+        size = tuple(x.shape[-2:])
         features = {}
         for k in self.levels:
-            x = bottom_up(resize(pad_to_multiple(images, 2**k), self.level - k))[self.in_feature]
-            features[f"res{k}"] = cut_to_stride(x, size, 2**k)
-        return self(features)
+            maps = self.bottom_up(resize(pad_to_multiple(x, 2**k), self.level - k))
+            features[f"res{k}"] = cut_to_stride(maps[self.in_features[0]], size, 2**k)
+        return self.fuse(features)
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output, from high to low resolution."""
-        return dict(self._output_shape)
-
-    @property
-    def size_divisibility(self) -> int:
-        """The coarsest stride; any size works, this only does the padding once instead of at each level."""
-        return 2 ** self.levels[-1]
+    def fuse(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``{"p2": ..., ...}`` of ``{"res2": ..., ...}``: the bottom-up map at each size, named by its level."""
+        return {f"p{k}": self.pyramid_output(self.pyramid_lateral(features[f"res{k}"])) for k in self.levels}
 
 
 def resize(images: Tensor, steps: int) -> Tensor:

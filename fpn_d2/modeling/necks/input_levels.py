@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from .build import Neck
-from .conv import xavier_conv
-from .fpn import pyramid_levels
-from .top_blocks import build_top_block, reads_bottom_up, top_block_of
+from .parts import pyramid_levels, refuse_fpn_options, xavier_conv
+from .top_blocks import build_top_block, top_block_of
 
 
 class InputLevels(nn.Module):
@@ -50,9 +50,8 @@ class InputLevels(nn.Module):
         self.bottom_up_levels = tuple(pyramid_levels(input_shape, in_features))
         for level, name in zip(self.bottom_up_levels, in_features, strict=True):
             self.add_module(f"lateral{level}", xavier_conv(input_shape[name].channels, out_channels, 1, norm))
-        self.top_block = build_top_block(top_block, input_shape[in_features[-1]].channels, out_channels, norm)
-        self._top_reads_bottom_up = reads_bottom_up(top_block)
-        last = self.bottom_up_levels[-1]
+        name, last = in_features[-1], self.bottom_up_levels[-1]
+        self.top_block = build_top_block(top_block, name, input_shape[name].channels, last, out_channels, norm)
         above = self.top_block.num_levels if self.top_block is not None else 0
         self.levels = (*self.bottom_up_levels, *range(last + 1, last + 1 + above))
 
@@ -63,8 +62,8 @@ class InputLevels(nn.Module):
             for level, name in zip(self.bottom_up_levels, self.in_features, strict=True)
         }
         if self.top_block is not None:
-            last = self.bottom_up_levels[-1]
-            source = features[self.in_features[-1]] if self._top_reads_bottom_up else maps[last]
+            last, name = self.bottom_up_levels[-1], self.top_block.in_feature
+            source = features[name] if name in self.in_features else maps[last]
             maps |= {last + 1 + i: x for i, x in enumerate(self.top_block(source))}
         return maps
 
@@ -83,6 +82,10 @@ class GraphNeck(Neck):
     def __init__(self, input_levels: InputLevels, repeats: int):
         """Take over the inputs of the graph.
 
+        Args:
+            input_levels: see above.
+            repeats: how often the graph is run.
+
         Raises:
             ValueError: ``repeats`` is below one.
         """
@@ -95,44 +98,24 @@ class GraphNeck(Neck):
         self.repeats = repeats
         self.input_levels = input_levels
         self.levels = input_levels.levels
+        # As for the FPN; the neck itself works at any size.
+        self._size_divisibility = 2 ** input_levels.bottom_up_levels[-1]
+
+    def own(self, bottom_up: Backbone) -> None:
+        """Take the bottom-up pathway as the last child; see :class:`Neck`."""
+        channels = self.input_levels.out_channels
+        outputs = {f"p{k}": ShapeSpec(channels=channels, stride=2**k) for k in self.levels}
+        super().own(bottom_up, self.input_levels.in_features, outputs)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``."""
         refuse_fpn_options(cfg, cls.__name__)
         return {
-            "input_shape": input_shape,
+            "bottom_up": bottom_up,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "norm": cfg.MODEL.FPN.NORM,
             "top_block": top_block_of(cfg),
             "repeats": cfg.MODEL.FPN.REPEATS or cls.default_repeats,
         }
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output, the finest first."""
-        return {f"p{k}": ShapeSpec(channels=self.input_levels.out_channels, stride=2**k) for k in self.levels}
-
-    @property
-    def size_divisibility(self) -> int:
-        """The coarsest bottom-up stride, as for the FPN; the neck itself works at any size."""
-        return 2 ** self.input_levels.bottom_up_levels[-1]
-
-
-# Options of the FPN that a graph has no counterpart of, and the value that leaves them alone.
-FPN_ONLY = {"UPSAMPLE": "nearest", "FUSE_TYPE": "sum", "TOP_DOWN": True, "LATERAL": True, "OUT_FEATURES": []}
-
-
-def refuse_fpn_options(cfg: CfgNode, neck: str) -> None:
-    """Refuse a configuration that sets what only :class:`~.fpn.FPN` reads.
-
-    Raises:
-        ValueError: a key of ``FPN_ONLY`` has another value than it has there.
-    """
-    for key, value in FPN_ONLY.items():
-        found = cfg.MODEL.FPN[key]
-        if (list(found) if isinstance(found, tuple) else found) != value:
-            raise ValueError(
-                f"MODEL.FPN.{key} is {found!r}, which the neck {neck} does not have; "
-                f"set it to {value!r} or take MODEL.FPN.NECK FPN"
-            )

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from .build import NECK_REGISTRY
-from .conv import xavier_conv
 from .input_levels import GraphNeck, InputLevels
-from .upsample import fit, nearest
+from .parts import fit, nearest, xavier_conv
 
 NUM_LEVELS = 5
 
@@ -112,7 +111,7 @@ class NASFPN(GraphNeck):
     @configurable
     def __init__(
         self,
-        input_shape: dict[str, ShapeSpec],
+        bottom_up: Backbone,
         *,
         in_features: Sequence[str],
         out_channels: int = 256,
@@ -123,7 +122,7 @@ class NASFPN(GraphNeck):
         """Build the neck.
 
         Args:
-            input_shape: channels and stride of each bottom-up map.
+            bottom_up: the bottom-up pathway.
             in_features: names of the maps to use, from high to low resolution; strides double.
             out_channels: d, the channels of every level; 256 or 384 in the paper.
             norm: a norm of :func:`detectron2.layers.get_norm` after each convolution; "BN" in the paper; empty: none.
@@ -135,7 +134,7 @@ class NASFPN(GraphNeck):
             ValueError: an option has no such value, a map is missing, strides do not double, or there are not five
                 levels.
         """
-        super().__init__(InputLevels(input_shape, in_features, out_channels, norm, top_block), repeats)
+        super().__init__(InputLevels(bottom_up.output_shape(), in_features, out_channels, norm, top_block), repeats)
         if len(self.levels) != NUM_LEVELS:
             names = ", ".join(f"p{k}" for k in self.levels)
             raise ValueError(
@@ -146,8 +145,9 @@ class NASFPN(GraphNeck):
         cells = nasfpn_cells(self.levels[0])
         for i in range(repeats):
             self.add_module(f"nasfpn_stage{i}", Stage(cells, out_channels, norm))
+        self.own(bottom_up)
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fuse(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``{"p3": (N, d, H/8, W/8), ...}``, from high to low resolution, for maps of any size."""
         maps = self.input_levels(features)
         for i in range(self.repeats):

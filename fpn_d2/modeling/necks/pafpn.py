@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor
 
 from .build import NECK_REGISTRY
-from .conv import xavier_conv
 from .fpn import FPN
-from .upsample import fit
+from .parts import fit, xavier_conv
 
 
 @NECK_REGISTRY.register()
@@ -33,7 +32,7 @@ class PAFPN(FPN):
     @configurable
     def __init__(
         self,
-        input_shape: dict[str, ShapeSpec],
+        bottom_up: Backbone,
         *,
         in_features: Sequence[str],
         out_channels: int = 256,
@@ -43,7 +42,7 @@ class PAFPN(FPN):
         """Build the neck.
 
         Args:
-            input_shape: channels and stride of each bottom-up map.
+            bottom_up: the bottom-up pathway.
             in_features: names of the maps to use, from high to low resolution; strides double.
             out_channels: d, the channels of every output.
             norm: norm after each convolution, of the new path too; empty: none.
@@ -53,12 +52,13 @@ class PAFPN(FPN):
         Raises:
             ValueError: as :class:`FPN`.
         """
-        super().__init__(input_shape, in_features=in_features, out_channels=out_channels, norm=norm, **fpn_options)
+        super().__init__(bottom_up, in_features=in_features, out_channels=out_channels, norm=norm, **fpn_options)
         for level in self._output_levels[:-1]:
             down = xavier_conv(out_channels, out_channels, 3, norm, stride=2, activation=F.relu)
             output = xavier_conv(out_channels, out_channels, 3, norm, activation=F.relu)
             self.add_module(f"pafpn_down{level}", down)
             self.add_module(f"pafpn_output{level + 1}", output)
+        self.own(bottom_up, in_features, self.output_shape())
 
     def _levels_for(self, needed: set[int]) -> list[int]:
         # A level depends on all finer ones.

@@ -1,51 +1,41 @@
-"""Coarser levels on top of a pyramid, each half the resolution of the one before."""
+"""Coarser levels on top of a pyramid, each half the resolution of the one before.
+
+As in Detectron2, a top block has ``num_levels``, how many it makes, and ``in_feature``, the name of the map that it
+reads: a bottom-up map (``res5``), or the last map of the neck (``p5``).
+"""
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
-from .conv import xavier_conv
+from .parts import xavier_conv
 
 # Name of each top block: how many levels it adds.
-TOP_BLOCKS = {"maxpool": 1, "p6p7_c5": 2, "p6p7_p5": 2, "p6p7_maxpool": 2, "none": 0}
+TOP_BLOCKS = {"maxpool": 1, "p6_p5": 1, "p6p7_c5": 2, "p6p7_p5": 2, "p6p7_maxpool": 2, "none": 0}
 
 
-class MaxPoolTopBlock(nn.Module):
-    """One more level: every second cell of the coarsest output (Lin et al., CVPR 2017, footnote 2).
+class P6TopBlock(nn.Module):
+    """One more level by a 3x3 stride-2 convolution: the first half of Detectron2's ``LastLevelP6P7``.
 
-    Has no parameters. The map (N, C, H, W) becomes (N, C, ceil(H/2), ceil(W/2)).
+    Args:
+        in_channels: channels of the map that it reads.
+        out_channels: channels of the new map.
+        in_feature: name of the map that it reads.
     """
 
     num_levels = 1
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the one coarser map of ``x``."""
-        return [F.max_pool2d(x, kernel_size=1, stride=2, padding=0)]
-
-
-class P6P7TopBlock(nn.Module):
-    """Two more levels by 3x3 stride-2 convolutions, with a ReLU between them (Lin et al., ICCV 2017, RetinaNet).
-
-    Args:
-        in_channels: channels of the map that it is applied to.
-        out_channels: channels of both new maps.
-        num_levels: 2, or 1 for P6 alone.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, num_levels: int = 2):
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str):
         super().__init__()
-        self.num_levels = num_levels
+        self.in_feature = in_feature
         self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
-        if num_levels == 2:
-            self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
-        for module in self.children():
-            weight_init.c2_xavier_fill(module)
+        weight_init.c2_xavier_fill(self.p6)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return maps with a half and a quarter of the resolution of ``x``, rounded up."""
-        p6 = self.p6(x)
-        return [p6, self.p7(F.relu(p6))] if self.num_levels == 2 else [p6]
+        """Return a map with half the resolution of ``x``, rounded up."""
+        return [self.p6(x)]
 
 
 class P6P7MaxPoolTopBlock(nn.Module):
@@ -56,12 +46,14 @@ class P6P7MaxPoolTopBlock(nn.Module):
     Args:
         in_channels: channels of C5.
         out_channels: d, channels of both new maps.
+        in_feature: name of C5.
         norm: norm after the 1x1 convolution; empty: none.
         num_levels: 2, or 1 for P6 alone.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str = "", num_levels: int = 2):
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str, norm: str = "", num_levels: int = 2):
         super().__init__()
+        self.in_feature = in_feature
         self.num_levels = num_levels
         self.p6 = xavier_conv(in_channels, out_channels, 1, norm)
 
@@ -90,13 +82,21 @@ def reads_bottom_up(name: str) -> bool:
 
 
 def build_top_block(
-    name: str, in_channels: int, out_channels: int, norm: str = "", num_levels: int | None = None
+    name: str,
+    in_feature: str,
+    in_channels: int,
+    last: int,
+    out_channels: int,
+    norm: str = "",
+    num_levels: int | None = None,
 ) -> nn.Module | None:
-    """Build the top block ``name`` for a coarsest bottom-up map of ``in_channels``.
+    """Build the top block ``name`` on a neck whose coarsest level below it is ``last``.
 
     Args:
         name: a key of ``TOP_BLOCKS``.
-        in_channels: channels of the last bottom-up map.
+        in_feature: name of the last bottom-up map.
+        in_channels: its channels.
+        last: the neck's coarsest level without the top block.
         out_channels: d, channels of the pyramid.
         norm: norm of "p6p7_maxpool"; the others have none, as published.
         num_levels: how many of its levels are wanted, from the finest on; None: all.
@@ -110,11 +110,15 @@ def build_top_block(
     levels = num_top_levels(name) if num_levels is None else num_levels
     if levels == 0:
         return None
+    if not reads_bottom_up(name):
+        in_feature, in_channels = f"p{last}", out_channels
     if name == "maxpool":
-        return MaxPoolTopBlock()
+        block = LastLevelMaxPool()
+        block.in_feature = in_feature  # p5 there, whatever the level
+        return block
     if name == "p6p7_maxpool":
-        return P6P7MaxPoolTopBlock(in_channels, out_channels, norm, levels)
-    return P6P7TopBlock(in_channels if reads_bottom_up(name) else out_channels, out_channels, levels)
+        return P6P7MaxPoolTopBlock(in_channels, out_channels, in_feature, norm, levels)
+    return (P6TopBlock if levels == 1 else LastLevelP6P7)(in_channels, out_channels, in_feature)
 
 
 def top_block_of(cfg: CfgNode) -> str:

@@ -1,35 +1,11 @@
 """Up-sampling by two to the exact size of the next finer map."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .parts import fit, interpolate
+
 UPSAMPLES = ("nearest", "bilinear", "deconv")
-
-
-def fit(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Bring ``x``, already up-sampled by two, to ``size`` (height, width).
-
-    A map of odd size 2n - 1 has a coarser map of size n, and that one up-sampled has 2n cells: the last is cut, so
-    that cell i of the finer map always meets cell i // 2 of the coarser one. A bottom-up pathway that rounds sizes
-    down leaves the up-sampled map too small; it is then stretched.
-    """
-    height, width = x.shape[-2:]
-    if (height, width) == tuple(size):
-        return x
-    if height >= size[0] and width >= size[1]:
-        return x[..., : size[0], : size[1]]
-    return interpolate(x, mode, size=size)
-
-
-def interpolate(x: Tensor, mode: str, **target) -> Tensor:
-    """``F.interpolate`` for the modes "nearest" and "bilinear"."""
-    return F.interpolate(x, mode=mode, align_corners=None if mode == "nearest" else False, **target)
-
-
-def nearest(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
-    """Up-sample ``x`` by repeating cells, so that cell i of ``size`` (height, width) is cell i // factor of ``x``."""
-    return fit(interpolate(x, "nearest", scale_factor=float(factor)), size, "nearest")
 
 
 def add_nearest(finer: Tensor, coarser: Tensor) -> Tensor:
