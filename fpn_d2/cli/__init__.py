@@ -5,9 +5,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from . import benchmark, compare, convert_torchvision, cost_curves, models, scenes, study
+from . import benchmark, compare, convert_torchvision, cost_curves, models, predict, scenes, study
 
-VERBS = (scenes, convert_torchvision, models, study, compare, cost_curves, benchmark)
+VERBS = (scenes, predict, convert_torchvision, models, study, compare, cost_curves, benchmark)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if None.
 
     Returns:
-        Exit code: 0, or 1 after a mistake in the arguments' values, which is told in one line.
+        Exit code: what the verb says, 0 if nothing; 1 after a mistake in the arguments' values, told in one line.
     """
     from fpn_d2.engine import ask_for_huge_pages
 
@@ -25,11 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ask_for_huge_pages()
     args.command = shlex.join(["fpn-d2", *(sys.argv[1:] if argv is None else argv)])
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, TypeError, OSError) as error:
         print(f"fpn-d2 {args.verb}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

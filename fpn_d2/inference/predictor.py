@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Boxes, Instances
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from fpn_d2.data.fast_transforms import transform_image
@@ -59,8 +59,8 @@ class Predictor:
     """A model with what it needs to take images as they come.
 
     Images are resized by ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``, as in the evaluation. Batches are made of
-    images that have the same size then: none is padded for another's sake, so that detections do not depend on what else
-    is in the list.
+    images that have the same size then: none is padded for another's sake, so that detections do not depend on what
+    else is in the list.
 
     Attributes:
         model: the detector, in evaluation mode.
@@ -129,10 +129,10 @@ class Predictor:
                 shape (H, W, 3).
 
         Returns:
-            For one image its `Instances`, for a list a list of them, on the CPU. ``image_size`` is (H, W) of the upright
-            image; ``pred_boxes`` (R, 4) are x1, y1, x2, y2 in its pixels, float32; ``scores`` (R,), descending;
-            ``pred_classes`` (R,) int64, indices into ``class_names``; where the model has them ``pred_masks``
-            (R, H, W) bool and ``pred_keypoints`` (R, K, 3) as x, y, score.
+            For one image its `Instances`, for a list a list of them, on the CPU. ``image_size`` is (H, W) of the
+            upright image; ``pred_boxes`` (R, 4) are x1, y1, x2, y2 in its pixels, float32; ``scores`` (R,),
+            descending; ``pred_classes`` (R,) int64, indices into ``class_names``; where the model has them
+            ``pred_masks`` (R, H, W) bool and ``pred_keypoints`` (R, K, 3) as x, y, score.
 
         Raises:
             UserError: an image is missing, cannot be read, or is of another kind.
@@ -230,7 +230,8 @@ class Predictor:
             x1, y1, x2, y2 = view.frame
             inputs.append({"image": view.tensor, "height": y2 - y1, "width": x2 - x1})
         with torch.inference_mode():
-            return [self._instances(output) for output in self.model(inputs)]
+            outputs = self.model(inputs)
+        return [self._instances(output) for output in outputs]
 
     def _instances(self, output: dict) -> Instances:
         if "instances" in output:
@@ -279,10 +280,10 @@ class Predictor:
         first = torch.tensor([group[0] for group in groups], dtype=torch.int64)
         result = Instances(image.size, pred_boxes=Boxes(merged), scores=scores, pred_classes=classes[first])
         rows = [(view, instances, row) for view, instances in kept for row in range(len(instances))]
-        if rows and rows[0][1].has("pred_masks"):
+        if kept[0][1].has("pred_masks"):
             result.pred_masks = _masks(rows, groups, image.size)
-        if rows and rows[0][1].has("pred_keypoints"):
-            result.pred_keypoints = _keypoints(rows, groups)
+        if kept[0][1].has("pred_keypoints"):
+            result.pred_keypoints = _keypoints(rows, groups) if groups else kept[0][1].pred_keypoints[:0]
         return result
 
 
@@ -324,6 +325,8 @@ def read(path: str, image_format: str) -> np.ndarray:
         raise UserError(f"there is no image {path}: {not_found(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} cannot be read as an image: it is of no kind that is known") from None
     except Exception as error:  # on a broken file the decoders raise almost anything
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({said})") from error

@@ -1,9 +1,9 @@
 """Large images in overlapping tiles, and the detections of the tiles put together.
 
 A border cuts objects, and each of its two tiles then reports what it sees. Non-maximum suppression by IoU alone keeps
-both: half an object overlaps the whole one by half. Here two detections are compared *within what both tiles see*, where
-they are alike if they are one object, and the one that no border cut is kept. An object that every tile cuts, because it
-is larger than the overlap, comes out as the union of its parts.
+both: half an object overlaps the whole one by half. Here two detections are compared *within what both tiles see*,
+where they are alike if they are one object, and the one that no border cut is kept. An object that every tile cuts,
+because it is larger than the overlap, comes out as the union of its parts.
 
 All boxes are x1, y1, x2, y2 in pixels of the whole image.
 """
@@ -88,10 +88,10 @@ def merge(
     """Put the detections of the tiles of one image together.
 
     Two detections from different tiles are of one object if they overlap by ``iou`` within what both tiles see, and if
-    each that should be cut, because the other one reaches beyond its tile, is. Of those, the ones that no border cuts are
-    kept by descending score, as in non-maximum suppression, and drop the others of their class, and cut ones of another
-    class with a lower score. Cut ones that are left are parts: those of one object give their union, with the best score
-    among them.
+    each that should be cut, because the other one reaches beyond its tile, is. Of those, the ones that no border cuts
+    are kept by descending score, as in non-maximum suppression, and drop the others of their class, and cut ones of
+    another class with a lower score. Cut ones that are left are parts: those of one object give their union, with the
+    best score among them.
 
     Args:
         boxes: (N, 4).
