@@ -21,7 +21,9 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # ---- The pyramid: MODEL.BACKBONE.NAME "build_fpn_backbone" -----------------------------------------------
     new.MODEL = CfgNode()
     new.MODEL.FPN = CfgNode()
-    # Bottom-up pathway: a name in Detectron2's BACKBONE_REGISTRY whose maps include MODEL.FPN.IN_FEATURES.
+    # Bottom-up pathway: a name in Detectron2's BACKBONE_REGISTRY whose maps include MODEL.FPN.IN_FEATURES, or one of
+    # fpn_d2's own ("build_timm_backbone", ...), which stand there as "fpn_d2.build_timm_backbone", ...; where another
+    # project has registered the short name too, that is the project's.
     new.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     new.MODEL.BACKBONE = CfgNode()
     # Recompute the maps inside each stage of the bottom-up pathway in the backward pass: less memory, more time. Batch

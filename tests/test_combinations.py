@@ -12,7 +12,6 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling import backbone as detectron2_backbones
-from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
@@ -20,6 +19,7 @@ from fpn_d2 import add_fpn_d2_config
 from fpn_d2.data.scenes import draw_scene
 from fpn_d2.data.shapes import SHAPES
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 SIZE = 64
 STEPS = 24
@@ -63,7 +63,7 @@ def is_there(bottom_up: str) -> bool:
 
 
 ALL_NECKS = names(NECK_REGISTRY)
-ALL_BOTTOM_UPS = [name for name in names(BACKBONE_REGISTRY) if name not in PYRAMIDS and is_there(name)]
+ALL_BOTTOM_UPS = [name for name in sorted(known_bottom_ups()) if name not in PYRAMIDS and is_there(name)]
 ALL_EXTRACTORS = names(LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fpn_d2.analysis.measure.complexity import count_macs, count_parameters
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY, Neck, build_pooler
+from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 FORMATS = ("table", "markdown", "json")
 # RoIs for which the multiply-adds of an extractor are given, and the few of them that are computed.
@@ -135,12 +136,12 @@ def _work(size: tuple[int, int]) -> Iterator[tuple[Component, Callable[[Componen
         for label, options in NECK_EXAMPLES.get(name, [("ResNet-50", {})]):
             cfg = _config({"MODEL.FPN.NECK": name} | options)
             yield Component("neck", name, label), lambda row, cfg=cfg: _measure_neck(row, cfg, size)
-    for name in sorted(name for name, _ in BACKBONE_REGISTRY if name != "build_fpn_backbone"):
+    for name, build in sorted(known_bottom_ups().items()):
         for label, options in BOTTOM_UP_EXAMPLES.get(name, [("", {})]):
             cfg = _config({"MODEL.FPN.BOTTOM_UP": name} | options)
             yield (
                 Component("bottom_up", name, label),
-                lambda row, name=name, cfg=cfg: _measure_bottom_up(row, BACKBONE_REGISTRY.get(name), cfg, size),
+                lambda row, build=build, cfg=cfg: _measure_bottom_up(row, build, cfg, size),
             )
     for name in sorted({name for registry in (LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY) for name, _ in registry}):
         cfg = _config({"MODEL.ROI_LEVEL_ASSIGN.NAME": name})

@@ -26,6 +26,7 @@ from detectron2.solver import build as solver_build
 from fpn_d2.errors import UserError, did_you_mean, not_found
 from fpn_d2.fast.apply import NUMERICS
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 from .optimizer import OPTIMIZERS
 
@@ -95,7 +96,7 @@ def _check_components(cfg: CfgNode) -> None:
     _check("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, _names(META_ARCH_REGISTRY))
     _check("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, _names(BACKBONE_REGISTRY))
     if model.BACKBONE.NAME == "build_fpn_backbone":
-        _check("MODEL.FPN.BOTTOM_UP", model.FPN.BOTTOM_UP, _names(BACKBONE_REGISTRY))
+        _check("MODEL.FPN.BOTTOM_UP", model.FPN.BOTTOM_UP, {*known_bottom_ups(), *_names(BACKBONE_REGISTRY)})
         _check("MODEL.FPN.NECK", model.FPN.NECK, _names(NECK_REGISTRY), list_all=True)
     read = _READ_BY.get(model.META_ARCHITECTURE, ())
     if "PROPOSALS" in read:

@@ -9,6 +9,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from fpn_d2.fast.apply import is_fast, speed_up
 
 from .bottom_up.checkpointing import checkpoint_stages
+from .bottom_up.names import find_bottom_up
 from .bottom_up.timm_backbone import TimmBackbone
 from .bottom_up.vit import ViTBackbone
 from .necks import Neck, build_neck
@@ -27,11 +28,7 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Neck:
     Raises:
         ValueError: no such bottom-up pathway or neck, or the two do not fit.
     """
-    name = cfg.MODEL.FPN.BOTTOM_UP
-    if name not in BACKBONE_REGISTRY or name == "build_fpn_backbone":
-        known = ", ".join(sorted(key for key, _ in BACKBONE_REGISTRY if key != "build_fpn_backbone"))
-        raise ValueError(f"MODEL.FPN.BOTTOM_UP is {name!r}; expected a registered bottom-up pathway: {known}")
-    bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+    bottom_up = find_bottom_up(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape)
     if cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING and not isinstance(bottom_up, TimmBackbone | ViTBackbone):
         checkpoint_stages(bottom_up)  # those of timm do it themselves
     _warn_of_unused(cfg, bottom_up)

@@ -16,6 +16,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 ON_MAIN = pytest.mark.skipif(
     not hasattr(detectron2_backbones, "SwinTransformer"), reason="only Detectron2's main branch has it"
@@ -90,9 +91,9 @@ def build(name, **options):
 
 def test_every_builder_is_tested_here():
     builders = {builder for builder, *_ in PATHWAYS.values()}
-    # Two of Detectron2's and our own, which make whole pyramids.
-    whole = {"build_fpn_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
-    assert {name for name, _ in BACKBONE_REGISTRY} == builders | whole
+    # Two of Detectron2's make whole pyramids.
+    whole = {"build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
+    assert set(known_bottom_ups()) == builders | whole
 
 
 @pytest.mark.parametrize("name", cases())
@@ -211,7 +212,7 @@ def test_regnet_is_detectron2s():
     from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 
     cfg = config(options=["MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.RESNETS.NORM", "FrozenBN"])
-    ours = BACKBONE_REGISTRY.get("build_regnet_backbone")(cfg, ShapeSpec(channels=3)).eval()
+    ours = BACKBONE_REGISTRY.get("fpn_d2.build_regnet_backbone")(cfg, ShapeSpec(channels=3)).eval()
     assert [shape.channels for shape in ours.output_shape().values()] == [80, 240, 560, 1360]
     assert [len(list(getattr(ours, f"s{i}").children())) for i in (1, 2, 3, 4)] == [2, 5, 14, 2]
     theirs = RegNet(
@@ -241,7 +242,7 @@ def test_regnet_builder_reads_every_key():
     keys = {"DEPTH": 6, "W_A": 24.0, "W_0": 24, "W_M": 2.5, "GROUP_WIDTH": 8, "SE_RATIO": 0.25, "STEM_WIDTH": 16}
     options = [word for key, value in keys.items() for word in (f"MODEL.REGNET.{key}", value)]
     cfg = config(options=[*options, "MODEL.REGNET.OUT_FEATURES", ["res3", "res2"]])
-    regnet = BACKBONE_REGISTRY.get("build_regnet_backbone")(cfg, ShapeSpec(channels=3))
+    regnet = BACKBONE_REGISTRY.get("fpn_d2.build_regnet_backbone")(cfg, ShapeSpec(channels=3))
     assert list(regnet.output_shape()) == ["res2", "res3"]
     assert [(shape.channels, shape.stride) for shape in regnet.output_shape().values()] == [(24, 4), (64, 8)]
     assert regnet.stem.out_channels == 16 and regnet.s1.b1.f.se is not None and regnet.s2.b1.f.b.groups == 8

@@ -30,7 +30,7 @@ def config(*options):
 
 def build(*options):
     torch.manual_seed(0)
-    return BACKBONE_REGISTRY.get("build_hybrid_resnet_vit_backbone")(config(*options), IMAGES)
+    return BACKBONE_REGISTRY.get("fpn_d2.build_hybrid_resnet_vit_backbone")(config(*options), IMAGES)
 
 
 def test_c2_to_c4_are_the_resnets_under_its_names():

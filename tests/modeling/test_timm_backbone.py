@@ -15,6 +15,7 @@ from torch import nn
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.modeling import TimmBackbone, expected_preprocessing
 from fpn_d2.modeling.bottom_up import timm_backbone
+from fpn_d2.modeling.bottom_up.names import find_bottom_up
 
 timm = pytest.importorskip("timm")
 
@@ -48,7 +49,7 @@ def config(*options):
 
 
 def from_config(*options):
-    return BACKBONE_REGISTRY.get("build_timm_backbone")(config(*options), ShapeSpec(channels=3))
+    return BACKBONE_REGISTRY.get("fpn_d2.build_timm_backbone")(config(*options), ShapeSpec(channels=3))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -330,7 +331,7 @@ def test_without_timm_one_sentence_says_what_to_install(monkeypatch, builder):
     monkeypatch.setitem(sys.modules, "timm", None)
     cfg = config("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"])
     with pytest.raises(ImportError, match="needs timm, which is not installed: pip install timm$"):
-        BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3))
+        find_bottom_up(builder)(cfg, ShapeSpec(channels=3))
 
 
 def test_import_of_fpn_d2_does_not_import_timm():

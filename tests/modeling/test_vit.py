@@ -181,7 +181,7 @@ def test_builder_reads_every_key():
     cfg.MODEL.TIMM.DROP_PATH = 0.3
     cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING = True
     cfg.MODEL.VIT.OUT_BLOCKS = [1, 2, 3, 4]
-    backbone = BACKBONE_REGISTRY.get("build_vit_backbone")(cfg, ShapeSpec(channels=3))
+    backbone = BACKBONE_REGISTRY.get("fpn_d2.build_vit_backbone")(cfg, ShapeSpec(channels=3))
     assert list(backbone.output_shape()) == ["res2", "res3", "res4", "res5"]
     assert backbone.vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     assert backbone.vit.grad_checkpointing

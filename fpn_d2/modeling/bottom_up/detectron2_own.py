@@ -6,10 +6,11 @@ Their parameters keep Detectron2's names, so that its checkpoints load; their ma
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import backbone as detectron2_backbones
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import Tensor
 
+from .names import register_bottom_up
 from .timm_weights import pairs_to_options
 
 
@@ -34,7 +35,7 @@ class RegNetBackbone(NamedByLevel, RegNet):
     """Detectron2's RegNet (Radosavovic et al., CVPR 2020) with its maps called res2 to res5."""
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RegNetBackbone:
     """Build the RegNet of ``cfg.MODEL.REGNET``.
 
@@ -94,7 +95,7 @@ def _refuse_freezing(cfg: CfgNode, class_name: str) -> None:
         )
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_d2_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build the Swin transformer of Detectron2's main branch; FREEZE_AT counts as its own frozen_stages.
 
@@ -105,7 +106,7 @@ def build_d2_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     return _build_from_main("SwinTransformer", cfg, in_chans=input_shape.channels, frozen_stages=frozen)
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_d2_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build the MViTv2 of Detectron2's main branch.
 
@@ -116,7 +117,7 @@ def build_d2_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     return _build_from_main("MViT", cfg, in_chans=input_shape.channels)
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_d2_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build the plain ViT of Detectron2's main branch, ViTDet's with windows.
 

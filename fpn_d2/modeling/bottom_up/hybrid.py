@@ -9,9 +9,10 @@ Shape legend, for an image of H x W pixels in a batch of N:
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, ResNet, build_resnet_backbone
+from detectron2.modeling.backbone import ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
+from .names import register_bottom_up
 from .timm_weights import require_timm
 
 
@@ -128,7 +129,7 @@ class HybridResNetViT(ResNet):
         return {name: ShapeSpec(channels=channels[name], stride=strides[name]) for name in self._wanted}
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_hybrid_resnet_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HybridResNetViT:
     """Build the ResNet of ``cfg.MODEL.RESNETS`` with the C5 of ``cfg.MODEL.HYBRID``.
 

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from ..sizes import cut_to_stride, pad_to_multiple
+from .names import register_bottom_up
 from .timm_weights import check_name, create_model, timm_arguments, weight_source
 
 NORMS = ("", "FrozenBN", "SyncBN")
@@ -272,7 +273,7 @@ def turn_on_checkpointing(model: nn.Module, name: str) -> None:
         ) from None
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build the timm model ``cfg.MODEL.TIMM.NAME``.
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from ..necks.parts import ChannelLayerNorm, rescale_layers
 from ..sizes import cut_to_stride, pad_to_multiple
+from .names import register_bottom_up
 from .timm_backbone import turn_on_checkpointing
 from .timm_weights import check_name, create_model, timm_arguments, weight_source
 
@@ -136,7 +137,7 @@ class ViTBackbone(Backbone):
         return self.patch_size
 
 
-@BACKBONE_REGISTRY.register()
+@register_bottom_up
 def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ViTBackbone:
     """Build the plain ViT ``cfg.MODEL.TIMM.NAME``, with the maps that ``cfg.MODEL.VIT.OUT_BLOCKS`` asks for.
 
