@@ -19,6 +19,11 @@ from .torchvision import convert_torchvision, is_torchvision
 logger = logging.getLogger(__name__)
 
 BEST_MODEL = "model_best"
+# What reading a broken file raises; ValueError on Detectron2's main branch for an option that it does not know.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+    *(RuntimeError, EOFError, KeyError, AttributeError, ValueError),
+)
 
 
 class ReportingCheckpointer(DetectionCheckpointer):
@@ -95,12 +100,16 @@ class ReportingCheckpointer(DetectionCheckpointer):
             ) from error
         if not os.path.isfile(local):
             raise UserError(f"no weight file {address}: {not_found(local)}")
+        if mark and not hasattr(self, "_parsed_url_during_load"):
+            raise UserError(
+                f"{path}: only Detectron2's main branch reads options behind a weight file; leave {mark}{options} out"
+            )
         return local + mark + options
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = super()._load_file(filename)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+        except _UNREADABLE as error:
             first = str(error).strip().splitlines()[:1]
             raise UserError(
                 f"{os.path.abspath(filename)} ({os.path.getsize(filename)} bytes) cannot be read as weights; it may be "

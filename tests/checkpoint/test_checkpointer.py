@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from fpn_d2.engine import ReportingCheckpointer, UserError
@@ -36,6 +37,42 @@ def test_a_missing_file_is_named_with_its_neighbours(tmp_path):
     (tmp_path / "model_final.pth").touch()
     with pytest.raises(UserError, match=f"looked for {tmp_path}/model_fnal.pth .did you mean model_final.pth"):
         _checkpointer(tmp_path).load(str(tmp_path / "model_fnal.pth"))
+
+
+@pytest.fixture
+def as_on_main(monkeypatch):
+    """What the inherited ``load`` is called with, by a checkpointer that seems to read options, as on main."""
+    loaded = []
+    monkeypatch.setattr(DetectionCheckpointer, "load", lambda self, path, *args, **kwargs: loaded.append(path) or {})
+    monkeypatch.setattr(DetectionCheckpointer, "_parsed_url_during_load", None, raising=False)
+    return loaded
+
+
+def test_options_behind_a_file_reach_detectron2(tmp_path, as_on_main, monkeypatch):
+    checkpointer = _checkpointer(tmp_path)
+    checkpointer.save("model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (str(tmp_path), "~"):
+        checkpointer.load(f"{folder}/model.pth?matching_heuristics=True")
+        checkpointer.load(f"{folder}/model.pth")
+    assert as_on_main == [f"{tmp_path}/model.pth?matching_heuristics=True", f"{tmp_path}/model.pth"] * 2
+    with pytest.raises(UserError, match=f"looked for {tmp_path}/model_finl.pth .did you mean model.pth"):
+        checkpointer.load(f"{tmp_path}/model_finl.pth?matching_heuristics=True")
+
+
+def test_options_behind_a_file_do_what_they_say_or_are_refused(tmp_path):
+    """With ``matching_heuristics`` the names in the file need be endings alone of those in the model."""
+    torch.save({"weight": torch.eye(2), "bias": torch.ones(2)}, tmp_path / "w.pth")
+    checkpointer = ReportingCheckpointer(nn.Sequential(nn.Linear(2, 2)), str(tmp_path))
+    with_option = f"{tmp_path}/w.pth?matching_heuristics=True"
+    if not hasattr(checkpointer, "_parsed_url_during_load"):
+        with pytest.raises(UserError, match="only Detectron2's main branch reads options.* leave .matching_heuristics"):
+            checkpointer.load(with_option)
+        return
+    checkpointer.load(with_option)
+    assert torch.equal(checkpointer.model[0].weight, torch.eye(2))
+    with pytest.raises(UserError, match="w.pth.*matching"):
+        checkpointer.load(f"{tmp_path}/w.pth?matching=True")
 
 
 def test_an_address_that_cannot_be_fetched_says_what_to_do(tmp_path):

@@ -171,7 +171,8 @@ def test_only_the_test_sets_are_needed_to_evaluate(tmp_path, scenes):
 
 def test_a_missing_weight_file_is_named_and_addresses_pass(tmp_path):
     (tmp_path / "model_final.pth").touch()
-    for path in ("", "detectron2://ImageNetPretrained/MSRA/R-50.pkl", str(tmp_path / "model_final.pth")):
+    file = str(tmp_path / "model_final.pth")
+    for path in ("", "detectron2://ImageNetPretrained/MSRA/R-50.pkl", file, f"{file}?matching_heuristics=True"):
         check_weight_file(path)
     with pytest.raises(UserError, match=f"looked for {tmp_path}/model_finl.pth .did you mean model_final.pth"):
         check_weight_file(str(tmp_path / "model_finl.pth"))

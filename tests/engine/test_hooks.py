@@ -130,21 +130,22 @@ def test_validation_loss_without_annotations_is_refused(tmp_path, scenes):
 class _Score(HookBase):
     """Stands for an evaluation: puts a given score into the storage after each step."""
 
-    def __init__(self, scores):
+    def __init__(self, scores, metric="bbox/AP"):
         self._scores = scores
+        self._metric = metric
 
     def after_step(self):
         done = self.trainer.iter + 1
-        self.trainer.storage.put_scalar("bbox/AP", self._scores[done - 1], smoothing_hint=False)
+        self.trainer.storage.put_scalar(self._metric, self._scores[done - 1], smoothing_hint=False)
 
 
-def _train_with_scores(folder, scenes, scores, resume=False, max_iter=None):
+def _train_with_scores(folder, scenes, scores, resume=False, max_iter=None, metric="bbox/AP"):
     iterations = max_iter or len(scores)
     cfg = small_config(folder, scenes, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", iterations,
                        "SOLVER.CHECKPOINT_PERIOD", 1)
     trainer = Trainer(cfg)
-    best = BestCheckpoint("bbox/AP", 1, trainer.checkpointer)
-    trainer.register_hooks([_Score(scores), best])
+    best = BestCheckpoint(metric, 1, trainer.checkpointer)
+    trainer.register_hooks([_Score(scores, metric), best])
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return torch.load(trainer.checkpointer.save_dir + "/model_best.pth")["iteration"] + 1
@@ -165,6 +166,16 @@ def test_the_best_value_survives_a_resumed_training(tmp_path, scenes):
     assert _train_with_scores(tmp_path, scenes, scores, resume=True, max_iter=4) == 4
     # A training that starts anew in the same folder starts with no best value.
     assert _train_with_scores(tmp_path, scenes, [0.5, 0.4]) == 1
+
+
+def test_another_metric_on_resume_starts_without_a_best_value(tmp_path, scenes):
+    """The AP of masks is lower than that of boxes: the best of the one says nothing about the other."""
+    assert _train_with_scores(tmp_path, scenes, [50.0, 60.0]) == 2
+    scores = [0.0, 0.0, 2.0, 1.0, 3.0]
+    assert _train_with_scores(tmp_path, scenes, scores, resume=True, max_iter=4, metric="segm/AP") == 3
+    record = json.loads((tmp_path / "out" / "model_best.json").read_text())
+    assert record == {"metric": "segm/AP", "value": 2.0, "iterations": 3}
+    assert _train_with_scores(tmp_path, scenes, scores, resume=True, max_iter=5, metric="segm/AP") == 5
 
 
 def test_a_metric_that_is_not_measured_is_named_with_those_that_are(tmp_path, scenes, caplog):

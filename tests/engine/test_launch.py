@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2 import engine
+from detectron2.utils import comm
 
 from fpn_d2.engine import Trainer, UserError, launch
 from fpn_d2.engine.hooks import validation_losses
@@ -85,6 +87,38 @@ def test_the_status_of_a_process_on_a_gpu_is_that_of_the_program(monkeypatch, st
     with pytest.raises(SystemExit) as end:
         launch(print, 2, dist_url="auto", device="cuda")
     assert end.value.code == becomes
+
+
+@pytest.mark.parametrize("main_branch", [False, True])
+def test_the_second_of_two_machines_has_the_ranks_behind_the_first(monkeypatch, main_branch):
+    """Two machines with two processes each; what joins processes is replaced, since there is one machine here."""
+    joined, groups, ran = [], [], []
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.append((backend, options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "new_group", lambda ranks: groups.append(ranks) or ranks)
+    monkeypatch.setattr(comm, "synchronize", lambda: None)
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    if main_branch:
+        monkeypatch.setattr(comm, "create_local_process_group", groups.append, raising=False)
+    else:
+        monkeypatch.delattr(comm, "create_local_process_group", raising=False)
+
+    def in_turn(worker, nprocs, args, start_method):
+        assert start_method == "spawn"
+        for local_rank in range(nprocs):
+            worker(local_rank, *args)
+
+    monkeypatch.setattr(mp, "start_processes", in_turn)
+    url = "tcp://10.0.0.1:1234"
+    launch(ran.append, 2, num_machines=2, machine_rank=1, dist_url=url, args=("x",), device="cpu")
+    assert ran == ["x", "x"]
+    assert [backend for backend, _ in joined] == ["gloo"] * 2
+    assert [(o["rank"], o["world_size"], o["init_method"]) for _, o in joined] == [(2, 4, url), (3, 4, url)]
+    if main_branch:
+        assert groups == [2, 2]
+    else:
+        assert groups == [[0, 1], [2, 3]] * 2 and comm._LOCAL_PROCESS_GROUP == [2, 3]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

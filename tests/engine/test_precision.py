@@ -7,7 +7,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from fpn_d2.engine import Trainer, UserError, load_config
-from fpn_d2.engine.precision import AutocastTrainer, amp_dtype, build_inner_trainer
+from fpn_d2.engine.precision import AutocastTrainer, amp_dtype, autocast, build_inner_trainer
 
 from .small import small_config
 
@@ -80,6 +80,20 @@ def test_amp_dtype_on_a_gpu(name, dtype):
     cfg = _cfg("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", name)
     cfg.MODEL.DEVICE = "cuda"  # after load_config, which knows whether there is one
     assert amp_dtype(cfg) == dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_autocast_has_the_device_and_the_dtype_of_the_configuration(monkeypatch, device, name):
+    """Each device type has a dtype of its own where none is given, float16 on a GPU."""
+    cfg = _cfg("MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", name)
+    cfg.MODEL.DEVICE = device
+    if (device, name) == ("cpu", "float16"):
+        return  # refused, see below
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda device_type, dtype=None: asked.append((device_type, dtype)))
+    autocast(cfg)
+    assert asked == [(device.split(":")[0], getattr(torch, name))]
 
 
 def test_float16_on_a_cpu_is_refused():

@@ -97,6 +97,8 @@ def test_training_evaluates_logs_and_returns_the_results(tmp_path, scenes, caplo
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
     written = {key for line in lines for key in line}
     assert written >= {"total_loss", "loss_cls", "lr", "bbox/AP", "val_total_loss", "val_loss_cls"}
+    # What is measured behind the last step is written too: at 3, where the period has not come round.
+    assert [line["iteration"] for line in lines if "val_total_loss" in line][-1] == 2
     assert list((tmp_path / "out").glob("events.out.tfevents.*"))
     # What pycocotools prints goes to the log.
     assert "Average Precision" not in capsys.readouterr().out

@@ -134,6 +134,26 @@ def test_a_wrong_number_of_sigmas_is_told(data, tmp_path):
         evaluate(FastCOCOEvaluator, data, tmp_path, kpt_oks_sigmas=(0.1, 0.1, 0.1))
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_sigmas_of_the_configuration_reach_the_figures(data, tmp_path, monkeypatch, installed):
+    from detectron2.config import get_cfg
+
+    monkeypatch.setattr(evaluators, "fast_evaluation_is_there", lambda: installed)
+    cfg = get_cfg()
+    add_fpn_d2_config(cfg)
+    figures = {}
+    for sigmas in ([], [0.01] * 17):
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = sigmas
+        evaluator = evaluators.build_evaluator(cfg, data[0], str(tmp_path))
+        evaluator.reset()
+        for item, output in predictions(*data[1:], masks=False, keypoints=True):
+            evaluator.process([item], [output])
+        figures[len(sigmas)] = evaluator.evaluate()["keypoints"]["AP"]
+    expected = evaluate(COCOEvaluator, data, tmp_path / "official", kpt_oks_sigmas=tuple([0.01] * 17))
+    assert figures[17] == pytest.approx(expected["keypoints"]["AP"], rel=1e-12)
+    assert figures[17] < figures[0] - 1
+
+
 def test_taken_where_it_is_installed(data, tmp_path, monkeypatch):
     from detectron2.config import get_cfg
 

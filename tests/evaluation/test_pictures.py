@@ -67,6 +67,8 @@ def test_only_detections_of_the_score_are_drawn(tmp_path, scenes):
     assert np.array_equal(none, low)
     assert not np.array_equal(none, high)
     assert not np.array_equal(truth, none)  # the ground truth has objects
+    _, at_it = _sides(_drawn(tmp_path, scenes, _Finds([0.5])))
+    assert not np.array_equal(none, at_it)
     _, lowered = _sides(_drawn(tmp_path, scenes, _Finds([0.4]), "TEST.PICTURE_SCORE", 0.3))
     assert not np.array_equal(none, lowered)
 

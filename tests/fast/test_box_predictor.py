@@ -136,6 +136,19 @@ def test_inference(counts, options, agnostic, put):
 
 
 @SIDES
+def test_a_score_equal_to_the_threshold_is_no_detection(put):
+    """As Detectron2 has it. Four equal logits give probabilities of a quarter, to the bit."""
+    for threshold, found in ((0.25, 0), (0.2499, 9)):
+        stock, ours = predictors(num_classes=3, test_score_thresh=threshold, test_nms_thresh=1.0)
+        predictions = [torch.zeros(3, 4), torch.zeros(3, 12)]
+        expected = stock.inference(predictions, proposals_of((3,), labels=False))
+        with counting():
+            actual = ours.inference([put(p) for p in predictions], proposals_of((3,), put, labels=False))
+        assert_same_detections(expected, actual)
+        assert len(actual[0][0]) == found
+
+
+@SIDES
 def test_rows_that_are_not_finite_give_nothing(put):
     stock, ours = predictors()
     scores, deltas = predictions_of((40, 30))

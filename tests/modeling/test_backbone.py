@@ -8,8 +8,9 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.export import scripting_with_instances
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone import FPN as StockFPN
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList
 from torch import nn
@@ -128,6 +129,40 @@ def test_an_image_does_not_see_the_rest_of_its_batch():
 def test_builder_refuses(key, value, message):
     with pytest.raises(ValueError, match=message):
         build_backbone(config(**{key.replace(".", "__"): value}))
+
+
+class _Square(Backbone):
+    """Stands for a ViT of Detectron2's main branch, which wants square images of a fixed side."""
+
+    padding_constraints = {"square_size": 512}
+    size_divisibility = 48
+
+    def forward(self, x):
+        return {"res5": torch.zeros(len(x), 8, *(-(-side // 32) for side in x.shape[-2:]))}
+
+    def output_shape(self):
+        return {"res5": ShapeSpec(channels=8, stride=32)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ({"square_size": 512}, {"square_size": 512}),
+        ({"square_size": 0, "size_divisibility": 16}, {"square_size": 0, "size_divisibility": 48}),
+        ({"size_divisibility": 64}, {"size_divisibility": 64}),
+    ],
+)
+def test_what_the_bottom_up_pathway_asks_of_images_is_passed_on(monkeypatch, asked, given):
+    """Detectron2's main branch hands ``padding_constraints`` to ``ImageList.from_tensors``."""
+    monkeypatch.setattr(_Square, "padding_constraints", asked)
+    try:
+        BACKBONE_REGISTRY._do_register("square", lambda cfg, input_shape: _Square())
+        backbone = build_backbone(config(MODEL__FPN__BOTTOM_UP="square", MODEL__FPN__IN_FEATURES=["res5"]))
+    finally:
+        BACKBONE_REGISTRY._obj_map.pop("square")
+    assert backbone.padding_constraints == given
+    assert backbone.size_divisibility == 48
+    assert asked is _Square.padding_constraints  # a copy
 
 
 def test_auto_top_block():

@@ -62,6 +62,21 @@ def test_every_branch_gets_our_pooler_with_the_rule_of_the_config(cascade):
 
 
 @pytest.mark.parametrize("cascade", [False, True])
+def test_every_branch_pools_as_its_own_keys_say(cascade):
+    keys = {"BOX": (6, 1, "ROIAlign"), "MASK": (12, 2, "ROIAlignV2"), "KEYPOINT": (10, 3, "ROIAlign")}
+    opts = []
+    for branch, values in keys.items():
+        for key, value in zip(("RESOLUTION", "SAMPLING_RATIO", "TYPE"), values, strict=True):
+            opts += [f"MODEL.ROI_{branch}_HEAD.POOLER_{key}", value]
+    heads = build(*opts, cascade=cascade)
+    for branch, (resolution, ratio, kind) in keys.items():
+        pooler = getattr(heads, f"{branch.lower()}_pooler")
+        assert tuple(pooler.output_size) == (resolution, resolution), branch
+        for level in pooler.level_poolers:
+            assert (level.sampling_ratio, level.aligned) == (ratio, kind == "ROIAlignV2"), branch
+
+
+@pytest.mark.parametrize("cascade", [False, True])
 @pytest.mark.parametrize("levels", [["p2"], ["p3", "p4"], ["p2", "p5"], ["p2", "p4", "p6"]])
 def test_any_subset_of_levels_trains_and_infers(levels, cascade):
     cfg = config("MODEL.ROI_HEADS.IN_FEATURES", levels, cascade=cascade)

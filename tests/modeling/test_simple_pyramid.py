@@ -200,6 +200,13 @@ def test_channel_layer_norm_keeps_half_precision_and_any_memory_layout():
     assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_channel_layer_norm_has_the_published_epsilon():
+    """In front of maps that vary as little as this, an epsilon of 1e-5 would give 0.4 of it."""
+    norm = ChannelLayerNorm(C).double()
+    x = 1e-3 * torch.randn(1, C, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), channel_norm(x, norm), rtol=1e-9, atol=0)
+
+
 def test_rescaling_halves_channels_per_step():
     assert [rescale_layers(64, steps, "BN")[1] for steps in (-2, 0, 1, 3)] == [64, 64, 32, 8]
     layers, _ = rescale_layers(64, -2, "BN")

@@ -306,6 +306,16 @@ def test_synchronised_norms():
     assert not any(issubclass(kind, nn.BatchNorm2d) for kind in kinds)
 
 
+def test_statistics_of_frozen_stages_stay_under_synchronised_norms():
+    norms = {name for name, module in build("resnet18").named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for freeze_at, parts in ((1, ("body.bn1",)), (2, ("body.bn1", "body.layer1."))):
+        backbone = build("resnet18", norm="SyncBN", freeze_at=freeze_at)
+        modules = dict(backbone.named_modules())
+        frozen = {name for name in norms if not isinstance(modules[name], nn.SyncBatchNorm)}
+        assert frozen == {name for name in norms if name.startswith(parts)}
+        assert not any(list(modules[name].parameters()) for name in frozen)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "mvitv2_tiny"])
 def test_checkpointing_recomputes_and_gives_the_same_gradients(name):
     images = torch.randn(1, 3, 64, 64)

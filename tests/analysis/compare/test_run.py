@@ -12,9 +12,9 @@ import torch
 from fpn_d2 import cli
 from fpn_d2.analysis.compare import figures as compare_figures
 from fpn_d2.analysis.compare import run as compare
-from fpn_d2.analysis.compare.measure import torchvision_images, training_call
-from fpn_d2.analysis.compare.report import text
-from fpn_d2.analysis.compare.run import Plan, run_compare
+from fpn_d2.analysis.compare.measure import time_training, torchvision_images, training_call
+from fpn_d2.analysis.compare.report import text, write_report
+from fpn_d2.analysis.compare.run import Plan, plain, run_compare
 from fpn_d2.analysis.subjects import build_one, build_pair, random_batch, read_config
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.engine import ReportingCheckpointer
@@ -205,6 +205,49 @@ def test_training_step_is_a_whole_step_and_changes_nothing(config):
     call()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_timing_of_training_leaves_the_models_as_they_were(config, tmp_path):
+    """Batch norms move their statistics in each training step, whatever the learning rate is."""
+    opts = ["MODEL.RESNETS.NORM", "BN"]
+    pair = build_pair(tuple((label, *read_config(config, opts, "cpu")) for label in "AB"), "")
+    before = [{name: value.clone() for name, value in model.network.state_dict().items()} for model in pair]
+    row = time_training(pair, (64, 96), 2, 1, 1, lambda: None)
+    assert set(row["seconds"]) == {"A", "B"}
+    for model, state in zip(pair, before, strict=True):
+        assert not model.network.training and model.runner is model.network
+        assert all(torch.equal(value, state[name]) for name, value in model.network.state_dict().items())
+        assert all(p.grad is None for p in model.network.parameters())
+
+
+def test_numbers_that_are_not_finite_become_null(config, tmp_path):
+    """NaN is no JSON: what reads compare.json in a browser or by jq would stop at it."""
+    path, cfg = read_config(config, [], "cpu")
+    saved = build_one("A", config, path, cfg, "").network
+    with torch.no_grad():
+        saved.backbone.fpn_output2.weight.fill_(float("nan"))
+    ReportingCheckpointer(saved, str(tmp_path)).save("nan")
+    plan = Plan(**QUICK | {"rounds": 1}, weights=str(tmp_path / "nan.pth"), output=str(tmp_path / "out"))
+    found = run_compare(config, config, plan, progress=False)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    kept = json.loads((tmp_path / "out" / "compare.json").read_text(), parse_constant=refuse)
+    page = Page()
+    page.feed((tmp_path / "out" / "compare.html").read_text())
+    assert kept == found == json.loads(page.data, parse_constant=refuse)
+    (row,) = [row for row in kept["parity"]["rows"] if row["item"] == "p2"]
+    assert row["max_abs"] is row["max_rel"] is None and row["note"] == "not all finite" and not row["within"]
+    assert kept["parity"]["first_beyond"] == "pyramid" and "DIFFERS" in page.cells
+    values = [1, 1.5, True, "nan", None, float("nan"), float("inf"), (float("-inf"), [2.0])]
+    assert plain({"x": values}) == {"x": [1, 1.5, True, "nan", None, None, None, [None, [2.0]]]}
+
+
+def test_a_number_that_is_not_finite_is_never_written(result, tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_report(result | {"ap": {"A": {"set": {"bbox": {"AP": float("nan")}}}}}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
