@@ -39,7 +39,9 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # Levels above the last map of IN_FEATURES: "maxpool" (one level, every second cell of the last output),
     # "p6p7_c5" (two levels, 3x3 stride-2 convolutions on the last bottom-up map), "p6p7_p5" (the same on the
     # last output), "p6p7_maxpool" (two levels, 3x3 stride-2 max pooling of the last bottom-up map after a 1x1
-    # convolution), "none", or "auto": p6p7_c5 for the RetinaNet meta-architecture, maxpool for all others.
+    # convolution), "p6_p5" (one level, a 3x3 stride-2 convolution on the last output), "none", or "auto", by what the
+    # detector reads: p6p7_c5 for RetinaNet, p6p7_p5 for FCOS, CenterNet and what is built on them (CondInst, BlendMask,
+    # CenterNet2, Detic), maxpool for all others; for two levels that none of these reads it has to be set.
     # BiFPN and NASFPN fuse these levels with the others; "last output" is then the last map after its 1x1 convolution.
     new.MODEL.FPN.TOP_BLOCK = "auto"
     # Ablation of FPN and PAFPN: False cuts the top-down pathway, each level is its own 1x1 and 3x3 convolution alone.

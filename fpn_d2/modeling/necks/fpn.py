@@ -16,9 +16,10 @@ from detectron2.modeling.backbone import FPN as Detectron2FPN
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from .auto_top_block import top_block_of
 from .build import NECK_REGISTRY, Neck
 from .parts import chosen, conv, pyramid_levels
-from .top_blocks import build_top_block, num_top_levels, reads_bottom_up, top_block_of
+from .top_blocks import build_top_block, num_top_levels, reads_bottom_up
 from .upsample import add_nearest, build_upsample
 
 FUSE_TYPES = ("sum", "avg")
@@ -127,6 +128,7 @@ class FPN(Neck, Detectron2FPN):
     @classmethod
     def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``."""
+        last = pyramid_levels(bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES)[-1]
         return {
             "bottom_up": bottom_up,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
@@ -134,7 +136,7 @@ class FPN(Neck, Detectron2FPN):
             "norm": cfg.MODEL.FPN.NORM,
             "upsample": cfg.MODEL.FPN.UPSAMPLE,
             "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-            "top_block": top_block_of(cfg),
+            "top_block": top_block_of(cfg, last),
             "top_down": cfg.MODEL.FPN.TOP_DOWN,
             "lateral": cfg.MODEL.FPN.LATERAL,
             "out_features": cfg.MODEL.FPN.OUT_FEATURES,

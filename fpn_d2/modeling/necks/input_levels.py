@@ -7,9 +7,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from .auto_top_block import top_block_of
 from .build import Neck
 from .parts import pyramid_levels, refuse_fpn_options, xavier_conv
-from .top_blocks import build_top_block, top_block_of
+from .top_blocks import build_top_block
 
 
 class InputLevels(nn.Module):
@@ -111,11 +112,12 @@ class GraphNeck(Neck):
     def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``."""
         refuse_fpn_options(cfg, cls.__name__)
+        last = pyramid_levels(bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES)[-1]
         return {
             "bottom_up": bottom_up,
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "norm": cfg.MODEL.FPN.NORM,
-            "top_block": top_block_of(cfg),
+            "top_block": top_block_of(cfg, last),
             "repeats": cfg.MODEL.FPN.REPEATS or cls.default_repeats,
         }

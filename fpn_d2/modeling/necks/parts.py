@@ -131,6 +131,28 @@ def rescale_layers(channels: int, steps: int, norm: str | Callable) -> tuple[lis
     return layers, channels
 
 
+# What maps are called in bottom-up pathways of other projects, and the builders of these.
+_FOREIGN_MAPS = {
+    "stage": "build_vovnet_backbone (VoVNet) or build_swint_backbone (Swin)",
+    "dla": "build_dla_backbone (DLA)",
+    "layer": "build_timm_backbone (Detic's)",
+    "swin": "build_swintransformer_backbone (Detic's)",
+}
+
+
+def _other_pathway(name: str) -> str:
+    """What to do about a map that the pathway does not give, by its name."""
+    for prefix, builders in _FOREIGN_MAPS.items():
+        if name.startswith(prefix):
+            return (
+                f"That is a map of another one: set MODEL.FPN.BOTTOM_UP to its builder, {builders}, or let "
+                "fpn_d2.swap(cfg) do it while the stock builder's name is in MODEL.BACKBONE.NAME"
+            )
+    return (
+        "For a ResNet, MODEL.RESNETS.OUT_FEATURES names what it gives; another pathway is chosen by MODEL.FPN.BOTTOM_UP"
+    )
+
+
 def pyramid_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str]) -> list[int]:
     """Return the level k, with stride 2^k, of each map in ``in_features``.
 
@@ -144,7 +166,7 @@ def pyramid_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str]
     if missing:
         raise ValueError(
             f"in_features (MODEL.FPN.IN_FEATURES) asks for {', '.join(missing)}, which the bottom-up pathway does "
-            f"not give; it gives {available}. For a ResNet, MODEL.RESNETS.OUT_FEATURES names what it gives"
+            f"not give; it gives {available}. {_other_pathway(missing[0])}"
         )
     strides = [input_shape[name].stride for name in in_features]
     levels = [math.log2(stride) for stride in strides]

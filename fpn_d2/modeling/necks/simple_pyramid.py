@@ -13,9 +13,10 @@ from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from ..sizes import cut_to_stride
+from .auto_top_block import top_block_of
 from .build import NECK_REGISTRY, Neck
 from .parts import ChannelLayerNorm, consecutive_levels, conv, refuse_fpn_options, rescale_layers, single_level
-from .top_blocks import build_top_block, reads_bottom_up, top_block_of
+from .top_blocks import build_top_block, reads_bottom_up
 
 
 @NECK_REGISTRY.register()
@@ -83,7 +84,8 @@ class SimpleFeaturePyramid(Neck):
     def from_config(cls, cfg: CfgNode, bottom_up: Backbone) -> dict:
         """Read ``cfg.MODEL.FPN``; top block "auto" is p6p7_p5 for RetinaNet."""
         refuse_fpn_options(cfg, cls.__name__)
-        top_block = top_block_of(cfg)
+        levels = consecutive_levels(cfg.MODEL.FPN.SIMPLE_PYRAMID_LEVELS, "MODEL.FPN.SIMPLE_PYRAMID_LEVELS")
+        top_block = top_block_of(cfg, levels[-1])
         if cfg.MODEL.FPN.TOP_BLOCK == "auto" and top_block == "p6p7_c5":
             top_block = "p6p7_p5"
         return {
@@ -91,7 +93,7 @@ class SimpleFeaturePyramid(Neck):
             "in_features": cfg.MODEL.FPN.IN_FEATURES,
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "norm": cfg.MODEL.FPN.NORM,
-            "levels": cfg.MODEL.FPN.SIMPLE_PYRAMID_LEVELS,
+            "levels": levels,
             "top_block": top_block,
         }
 

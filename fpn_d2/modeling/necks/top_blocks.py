@@ -6,7 +6,6 @@ reads: a bottom-up map (``res5``), or the last map of the neck (``p5``).
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
-from detectron2.config import CfgNode
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
@@ -119,11 +118,3 @@ def build_top_block(
     if name == "p6p7_maxpool":
         return P6P7MaxPoolTopBlock(in_channels, out_channels, in_feature, norm, levels)
     return (P6TopBlock if levels == 1 else LastLevelP6P7)(in_channels, out_channels, in_feature)
-
-
-def top_block_of(cfg: CfgNode) -> str:
-    """Read ``cfg.MODEL.FPN.TOP_BLOCK``; "auto" is p6p7_c5 for RetinaNet and maxpool for all others."""
-    name = cfg.MODEL.FPN.TOP_BLOCK
-    if name != "auto":
-        return name
-    return "p6p7_c5" if cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet") else "maxpool"
