@@ -2,9 +2,8 @@
 
 import logging
 import os
-import pickle
-import zipfile
 from typing import Any
+from urllib.parse import parse_qsl
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -13,21 +12,17 @@ from fpn_d2.errors import UserError, not_found
 from fpn_d2.files import UNFINISHED, write_atomically
 
 from .contents import KEY, check_classes
+from .reading import read_checkpoint
 from .report import judge, log_report, report_of
 from .torchvision import convert_torchvision, is_torchvision
 
 logger = logging.getLogger(__name__)
 
 BEST_MODEL = "model_best"
-# What reading a broken file raises; ValueError on Detectron2's main branch for an option that it does not know.
-_UNREADABLE = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-    *(RuntimeError, EOFError, KeyError, AttributeError, ValueError),
-)
 
 
 class ReportingCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which reads its ``.pkl`` and ``.pth`` files, with a report and a decision.
+    """Detectron2's checkpointer with a report and a decision, and with files read by `read_checkpoint`.
 
     After each load it logs how many tensors of each part of the model were filled. What does not fit is judged by
     ``partial_weights`` (MODEL.PARTIAL_WEIGHTS). Files are written under another name first and then renamed, so that
@@ -107,16 +102,13 @@ class ReportingCheckpointer(DetectionCheckpointer):
         return local + mark + options
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            loaded = super()._load_file(filename)
-        except _UNREADABLE as error:
-            first = str(error).strip().splitlines()[:1]
-            raise UserError(
-                f"{os.path.abspath(filename)} ({os.path.getsize(filename)} bytes) cannot be read as weights; it may be "
-                f"truncated or of another kind ({type(error).__name__}: {first[0] if first else 'no text'})"
-            ) from error
-        if not isinstance(loaded.get("model"), dict) or not loaded["model"]:
-            raise UserError(f"{os.path.abspath(filename)} holds no weights: its 'model' is empty or no dictionary")
+        loaded = read_checkpoint(filename)
+        # On Detectron2's main branch.
+        options = dict(parse_qsl(getattr(getattr(self, "_parsed_url_during_load", None), "query", "")))
+        if options.pop("matching_heuristics", "") == "True":
+            loaded["matching_heuristics"] = True
+        if options:
+            raise UserError(f"{filename} has the option {next(iter(options))}; the only one is matching_heuristics=True")
         if is_torchvision(loaded["model"]):
             try:
                 weights, known = convert_torchvision(loaded["model"])

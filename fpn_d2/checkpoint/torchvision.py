@@ -3,12 +3,8 @@
 Each kind of model has a configuration in configs/torchvision with which our model computes what torchvision's computes.
 """
 
-import argparse
-import contextlib
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +13,8 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from fpn_d2.errors import UserError, not_found
+
+from .reading import check_weight_file_name, read_weights, write_checkpoint
 
 # Detectron2 adds this to the variances of FrozenBN and BN.
 _EPS = 1e-5
@@ -289,30 +287,20 @@ def _per_anchor(value: Tensor) -> Tensor:
 def convert_file(
     source: str, target: str, *, all_classes: bool = False, batch_norm_eps: float | None = None
 ) -> TorchvisionModel:
-    """Convert a file that ``torch.save`` wrote of a state dictionary, or of a dictionary with one under "model".
+    """Convert a file that holds a state dictionary, or a dictionary with one under "model".
 
     Args:
         source: such a file.
-        target: the file to write, ending in .pth; for MODEL.WEIGHTS. It appears whole or not at all.
+        target: the file to write, ending in .pth or .safetensors; for MODEL.WEIGHTS. It appears whole or not at all.
         all_classes, batch_norm_eps: see :func:`convert_torchvision`.
 
     Raises:
-        UserError: the source cannot be read or is something else, or the target does not end in .pth.
+        UserError: the source cannot be read or is something else, or the target has another ending.
     """
-    if not target.endswith(".pth"):
-        raise UserError(f"the file to write is {target}; expected a name that ends in .pth, as Detectron2 expects it")
+    check_weight_file_name(target)
     if not os.path.isfile(source):
         raise UserError(f"no weight file {source}: {not_found(source)}")
-    # torchvision's training script keeps its command line beside the weights.
-    safe = getattr(torch.serialization, "safe_globals", None)
-    try:
-        with safe([argparse.Namespace]) if safe else contextlib.nullcontext():
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
-        first = str(error).strip().splitlines()[:1]
-        raise UserError(
-            f"{source} cannot be read as weights ({first[0] if first else type(error).__name__})"
-        ) from error
+    loaded = read_weights(source)
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -321,11 +309,5 @@ def convert_file(
         weights, model = convert_torchvision(loaded, all_classes=all_classes, batch_norm_eps=batch_norm_eps)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    unfinished = f"{target}.unfinished"
-    try:
-        torch.save({"model": weights, "__author__": f"torchvision {model.name}"}, unfinished)
-        os.replace(unfinished, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(unfinished)
+    write_checkpoint({"model": weights, "__author__": f"torchvision {model.name}"}, target)
     return model

@@ -8,6 +8,8 @@ from types import ModuleType
 from detectron2.config import CfgNode
 from torch import nn
 
+from fpn_d2.checkpoint.reading import read_weights
+
 PREPROCESSING = ("refuse", "ignore")
 
 
@@ -88,9 +90,10 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
     from timm.models import load_state_dict
 
     try:
+        read_weights(weights)  # first: timm's own reader may, in some of its versions, run what a file holds
         state = load_state_dict(weights)
     except Exception as error:  # whatever torch, safetensors or pickle say of bytes that are something else
-        raise ValueError(f"MODEL.TIMM.WEIGHTS {weights} cannot be read as weights: {error!r}") from error
+        raise ValueError(f"MODEL.TIMM.WEIGHTS {weights} cannot be read as weights: {error}") from error
     classifier = pretrained_cfg(name).classifier or ()
     heads = [classifier] if isinstance(classifier, str) else list(classifier)
     sizes = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]
