@@ -11,7 +11,7 @@ from torch import nn
 from fpn_d2.errors import UserError, not_found
 from fpn_d2.files import UNFINISHED, write_atomically
 
-from .contents import KEY, check_classes
+from .contents import KEY, check_classes, classes_in
 from .reading import read_checkpoint
 from .report import judge, log_report, report_of
 from .torchvision import convert_torchvision, is_torchvision
@@ -117,8 +117,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
             logger.info("%s holds torchvision's %s: converted; its config is %s", filename, known.name, known.config)
             loaded = {"model": weights}
         if self._whole and self._partial_weights != "allow":
-            held = loaded.get(KEY)
-            check_classes((held or {}).get("classes", {}), self._about.get("classes", {}), os.path.abspath(filename))
+            check_classes(classes_in(loaded), self._about.get("classes", {}), os.path.abspath(filename))
         self._heuristic_names = bool(loaded.get("matching_heuristics", False))
         self._file = filename
         return loaded

@@ -51,6 +51,18 @@ def classes_of_data(cfg: CfgNode) -> dict:
     return {}
 
 
+def classes_in(checkpoint: dict) -> dict:
+    """"classes" of the `contents` that a checkpoint holds; empty where it holds none, or something else."""
+    held = checkpoint.get(KEY)
+    classes = held.get("classes") if isinstance(held, dict) else None
+    classes = classes if isinstance(classes, dict) else {}
+    return {
+        key: names
+        for key, names in classes.items()
+        if isinstance(names, list) and (key not in _LISTS or all(isinstance(name, str) for name in names))
+    }
+
+
 def check_classes(held: dict, wanted: dict, file: str) -> None:
     """Check that a model whose "classes" are ``held`` is used on data whose "classes" are ``wanted``.
 

@@ -1,4 +1,4 @@
-"""The names that weight files need in their pickles, and what stands for each: NumPy's arrays, torch's tensors, containers.
+"""The names that weight files need in their pickles, and what stands for each: arrays, tensors, containers.
 
 Nothing here is the function of that name. Each makes what the function would make of honest arguments, checks the
 arguments against the bytes that are there, and takes no others. The argument lists are those of

@@ -1,11 +1,11 @@
 """Pickles read without being run: nothing that a file names is imported, looked up or called.
 
-A pickle is a program for a stack machine, whose "call this function with that" lets a file do anything. The machine here
-knows the part of the language that makes plain containers, numbers and text. A name in the file is an entry of the
+A pickle is a program for a stack machine, whose "call this function with that" lets a file do anything. The machine
+here knows the part of the language that makes plain containers, numbers and text. A name in the file is an entry of the
 table that the caller gives (see `pickled_arrays`), or the file is refused with that name.
 
-It does not run Python's own unpickler with another ``find_class``: that one sets the state of any object it holds, and a
-file of ten bytes can make it allocate gigabytes. Here work and memory are bounded by the size of the file.
+It does not run Python's own unpickler with another ``find_class``: that one sets the state of any object it holds, and
+a file of ten bytes can make it reserve gigabytes. Here work and memory are bounded by the size of the file.
 """
 
 import pickletools
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from fpn_d2.errors import UserError
 
 _MOST_STEPS = 5_000_000  # a checkpoint of a thousand layers with its optimizer takes some 300 thousand
-_MOST_PARTS = 5_000_000
+_MOST_PARTS = 2_000_000
 _MOST_DEPTH = 64
 # Larger whole numbers can be chosen such that all have the same hash, and a dictionary of them takes for ever.
 _LARGEST_KEY = 2**60
@@ -87,7 +87,7 @@ def load_plain(source: Source, names: Mapping[str, Any], stored: Callable[[Any],
         stored: Gives the object for a persistent id; None where there must not be any.
 
     Raises:
-        Refused: The pickle names something else, or unfolds into more than it may. The text fits behind the file's name.
+        Refused: The pickle names something else, or unfolds into more than it may.
         Exception: Any other kind, for a pickle that is damaged.
     """
     return _Machine(source, names, stored).run()

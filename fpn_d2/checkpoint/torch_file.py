@@ -32,16 +32,18 @@ def read_zip(file: BinaryIO, size: int) -> Any:
     """
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
-        if len(members) < len(archive.infolist()) or sum(member.file_size for member in members.values()) > size:
-            raise Refused("its zip archive is compressed, or its members overlap; torch.save writes neither")
-        if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members.values()):
-            raise Refused("its zip archive is compressed or encrypted; torch.save writes neither")
         main = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
         if len(main) != 1:
             raise ValueError("the zip archive is not torch.save's: it has no data.pkl")
         folder = main[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in members:
             raise Refused("it is a TorchScript program and not weights; save its state_dict() instead")
+        if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members.values()):
+            raise Refused("its zip archive is compressed or encrypted; torch.save writes neither")
+        if len(members) < len(archive.infolist()) or sum(member.file_size for member in members.values()) > size:
+            raise Refused("members of its zip archive overlap or have the same name")
+        for member in members.values():
+            member.CRC = member.CRC or None  # 0 where torch.serialization.set_crc32_options(False) left them out
         if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder").decode() != sys.byteorder:
             raise Refused(f"it is from a machine whose byte order is not {sys.byteorder}; save it anew on this one")
         storages: dict[str, Storage] = {}
