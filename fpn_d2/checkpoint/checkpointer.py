@@ -108,7 +108,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
         if options.pop("matching_heuristics", "") == "True":
             loaded["matching_heuristics"] = True
         if options:
-            raise UserError(f"{filename} has the option {next(iter(options))}; the only one is matching_heuristics=True")
+            raise UserError(f"{filename} has the option {next(iter(options))}; expected matching_heuristics=True")
         if is_torchvision(loaded["model"]):
             try:
                 weights, known = convert_torchvision(loaded["model"])

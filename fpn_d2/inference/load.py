@@ -15,6 +15,7 @@ from torch import nn
 import fpn_d2.modeling  # noqa: F401  (registers)
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import KEY, classes_of_data
+from fpn_d2.checkpoint.reading import read_checkpoint
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.errors import UserError, not_found
 
@@ -128,19 +129,13 @@ def _look_into(path: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
 
     What is wrong with a file is said when its weights are loaded.
     """
-    if not os.path.isfile(path) or not path.endswith((".pth", ".pt")):
+    if not os.path.isfile(path):
         return {}, {}
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # not in a zip file, as before PyTorch 1.6
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a broken file raises almost anything
+        loaded = read_checkpoint(path)
+    except UserError:
         return {}, {}
-    if not isinstance(loaded, dict):
-        return {}, {}
-    weights = loaded.get("model", loaded)
-    weights = weights if isinstance(weights, dict) else {}
+    weights = loaded["model"]
     held = loaded.get(KEY)
     shapes = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
     return held if isinstance(held, dict) else {}, shapes

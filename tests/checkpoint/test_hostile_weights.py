@@ -1,4 +1,4 @@
-"""Weight files made to run something or to exhaust the machine: they do nothing, and the refusal says what they wanted."""
+"""Weight files made to run something or to exhaust the machine: nothing happens, and the refusal says why."""
 
 import os
 import pickle
