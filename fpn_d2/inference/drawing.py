@@ -7,8 +7,10 @@ import cv2
 import numpy as np
 from detectron2.structures import Instances
 
-# A person sees a line of this share of the image's longer side, and text of that height.
+# Lines have this share of the image's longer side, text that; on large images no more than these pixels, so that what
+# is written at small objects does not cover them.
 _LINE, _TEXT = 1 / 400, 1 / 55
+_MOST_LINE, _MOST_TEXT = 3, 20
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -39,7 +41,7 @@ def draw(
     """
     canvas = np.ascontiguousarray(image).copy()
     longer = max(canvas.shape[:2])
-    line = max(1, round(longer * _LINE))
+    line = min(max(1, round(longer * _LINE)), _MOST_LINE)
     labels = instances.pred_classes.tolist()
     order = [i for i, score in enumerate(instances.scores.tolist()) if score >= min_score]
     kinds = list(labels if colours is None else colours)
@@ -63,7 +65,7 @@ def write(canvas: np.ndarray, text: str, place: tuple[int, int], background: tup
     OpenCV's font has ASCII alone: other characters become "?".
     """
     text = text.encode("ascii", "replace").decode()
-    scale = max(0.35, max(canvas.shape[:2]) * _TEXT / 30)
+    scale = max(0.35, min(max(canvas.shape[:2]) * _TEXT, _MOST_TEXT) / 30)
     thick = max(1, round(scale * 1.2))
     (width, height), below = cv2.getTextSize(text, _FONT, scale, thick)
     tall = height + below + 2

@@ -76,10 +76,8 @@ def load(
     path = os.path.expanduser(os.fspath(path))
     dtype = _dtype(dtype, optimize)
     tiling = None if tile is None else Tiling(tile, overlap)
-    held, shapes = _look_into(path)
-    cfg = _configuration(path, config, held)
-    _merge_options(cfg, list(opts))
-    _set_number_of_classes(cfg, shapes)
+    cfg, held = configuration_of(path, config, opts)
+    cfg.defrost()
     cfg.MODEL.DEVICE = _device(device)
     cfg.MODEL.WEIGHTS = path
     cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""  # everything comes from the checkpoint
@@ -100,6 +98,31 @@ def load(
         min_score=min_score,
         tiling=tiling,
     )
+
+
+def configuration_of(
+    path: str | os.PathLike, config: str | os.PathLike | CfgNode | None = None, opts: Sequence[str] = ()
+) -> tuple[CfgNode, dict]:
+    """The configuration of a checkpoint, and what it holds besides; no model is built.
+
+    Args:
+        path: as for `load`.
+        config: as for `load`.
+        opts: as for `load`.
+
+    Returns:
+        The configuration, frozen, and `fpn_d2.checkpoint.contents.contents`; empty where the file has none.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    held, shapes = _look_into(path)
+    cfg = _configuration(path, config, held)
+    _merge_options(cfg, list(opts))
+    _set_number_of_classes(cfg, shapes)
+    cfg.freeze()
+    return cfg, held
 
 
 def _dtype(dtype: torch.dtype | str | None, optimize: bool) -> torch.dtype | None:

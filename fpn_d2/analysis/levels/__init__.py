@@ -1,0 +1,1 @@
+"""Which level of a pyramid objects, proposals and detections belong to."""
