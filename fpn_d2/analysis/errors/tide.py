@@ -219,7 +219,8 @@ def mean_ap(scored: Scored, errors: Errors, mend: np.ndarray | None = None, miss
     mend = np.zeros(len(found), bool) if mend is None else mend
     right = errors.kind == TRUE
     gained = mend & errors.mended
-    label = np.where(gained & (errors.kind == CLASSIFICATION), truth.label[errors.target], found.label)
+    label, renamed = found.label.copy(), gained & (errors.kind == CLASSIFICATION)
+    label[renamed] = truth.label[errors.target[renamed]]
     there = (~errors.ignored & ~mend) | right | gained
     counted = ~truth.crowd if miss is None else ~truth.crowd & ~(miss & errors.missed)
     objects = np.bincount(truth.label[counted], minlength=len(scored.class_names))
