@@ -3,17 +3,16 @@
 import ast
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Iterator
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.config_files import check_value, merge_config_file
 from fpn_d2.data import class_names, register_from_config
-from fpn_d2.errors import UserError, did_you_mean, not_found
+from fpn_d2.errors import UserError, did_you_mean
 
 from .checks import check_names
 
@@ -68,27 +67,12 @@ def _merged(cfg: CfgNode, config_file: str, opts: list[str]) -> CfgNode:
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    if "://" not in path:
-        path = os.path.expanduser(path)
-        if not os.path.isfile(path):
-            raise UserError(f"no configuration file {path}: {not_found(path)}")
     try:
-        cfg.merge_from_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"a _BASE_ of {path} does not exist: {not_found(str(error.filename))}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} (or its _BASE_) is not valid YAML: {' '.join(str(error).split())}") from None
+        merge_config_file(cfg, path)
+    except UserError:
+        raise
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(f"{path} (or its _BASE_): {_explain(cfg, error)}") from None
-    except (TypeError, AttributeError):
-        if _is_mapping(path):
-            raise
-        raise UserError(f"{path} holds no KEY: value pairs") from None
-
-
-def _is_mapping(path: str) -> bool:
-    with open(path) as f:
-        return isinstance(yaml.unsafe_load(f), dict)  # as Detectron2 reads it
 
 
 def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
@@ -101,6 +85,7 @@ def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if not _has_key(cfg, key) and not cfg.key_is_renamed(key) and not cfg.key_is_deprecated(key):
             raise UserError(_unknown_key(cfg, key))
+        check_value(key, value)
         try:
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError) as error:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -17,6 +16,7 @@ from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import KEY, classes_of_data
 from fpn_d2.checkpoint.reading import read_checkpoint
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.config_files import merge_config_file, parse_config
 from fpn_d2.errors import UserError, not_found
 
 from .optimize import optimize_for_inference
@@ -175,7 +175,8 @@ def _configuration(path: str, config: str | os.PathLike | CfgNode | None, held: 
     if config is not None:
         _merge_file(cfg, os.fspath(config))
     elif "config" in held:
-        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(held["config"]))), f"the one in {path}")
+        text = parse_config(held["config"], f"the configuration in {path}")
+        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(text)), f"the one in {path}")
     elif os.path.isfile(beside := os.path.join(os.path.dirname(os.path.abspath(path)), "config.yaml")):
         logger.info("%s holds no configuration: taking %s", path, beside)
         _merge_file(cfg, beside)
@@ -198,7 +199,7 @@ def _merge_file(cfg: CfgNode, config: str) -> None:
             raise UserError(
                 f"{config} is neither a file nor a config of Detectron2's model zoo: {not_found(config)}"
             ) from None
-    _merge(cfg, lambda: cfg.merge_from_file(str(file)), str(file))
+    _merge(cfg, lambda: merge_config_file(cfg, str(file)), str(file))
 
 
 def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
@@ -210,7 +211,7 @@ def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
 def _merge(cfg: CfgNode, merge, what: str) -> None:
     try:
         merge()
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError, yaml.YAMLError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         said = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(f"the configuration, {what}, cannot be used: {said}") from error
 

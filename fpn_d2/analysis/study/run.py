@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import fpn_d2
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.config_files import merge_config_file
 from fpn_d2.data.scenes import make_scenes
 
 from ..measure.child import child_environment
@@ -168,7 +169,7 @@ def changed_keys(config: Path, opts: Sequence[str]) -> dict[str, object]:
         raise ValueError(f"options are pairs of key and value, but {opts[-1]!r} is left without a partner")
     cfg, defaults = _defaults(), _flat(_defaults())
     try:
-        cfg.merge_from_file(str(config))
+        merge_config_file(cfg, str(config))
         cfg.merge_from_list(list(opts))
     except (KeyError, AssertionError) as error:
         raise ValueError(f"{config} with {' '.join(opts) or 'no options'}: {error}") from None
