@@ -136,3 +136,12 @@ def test_loading_twice_gives_the_same(tmp_path, scenes):
 def test_a_switch_after_the_options_is_named():
     with pytest.raises(UserError, match="--eval-only stands among the KEY VALUE pairs: put it before them"):
         load_config("", ["OUTPUT_DIR", "somewhere", "--eval-only"])
+
+
+def test_the_home_directory_is_found(tmp_path, monkeypatch):
+    """As after --config-file=~/c.yaml, in which no shell replaces the ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _file(tmp_path, "VERSION: 2\nSOLVER: {MAX_ITER: 7}")
+    assert load_config("~/c.yaml").SOLVER.MAX_ITER == 7
+    with pytest.raises(UserError, match=rf"looked for {tmp_path}/d\.yaml"):
+        load_config("~/d.yaml")
