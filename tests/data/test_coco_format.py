@@ -268,6 +268,21 @@ def test_json_with_a_byte_order_mark(tmp_path):
     assert len(DatasetCatalog.get("set")) == 3
 
 
+def test_copy_is_written_beside_its_place_and_others_may_read_it(tmp_path, monkeypatch):
+    """A rename is a single step only within a file system, and a temporary file is its owner's alone."""
+    renamed = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: renamed.append(source) or replace(source, target))
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *write_coco(tmp_path, content)]])
+    register_from_config(cfg)
+    copy = MetadataCatalog.get("set").json_file
+    assert [os.path.dirname(path) for path in renamed] == [os.path.dirname(copy)]
+    assert os.listdir(os.path.dirname(copy)) == [os.path.basename(copy)]
+    assert os.stat(copy).st_mode & 0o777 == 0o644
+
+
 def test_copy_that_was_deleted_is_written_again(tmp_path):
     files = write_coco(tmp_path, messy_content())
     cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *files]])

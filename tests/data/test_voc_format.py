@@ -37,6 +37,14 @@ def test_png_without_stated_size_and_zero_based_box(voc):
     assert content["annotations"][0]["area"] == 81
 
 
+def test_first_pixel_is_number_one(voc):
+    """Boxes count pixels from 1, both ends included; those of some tools count from 0."""
+    for corners, expected in (((1, 1, 3, 4), [0, 0, 3, 4]), ((2, 3, 3, 4), [1, 2, 2, 2]), ((0, 1, 3, 4), [0, 0, 3, 4])):
+        write_xml(voc, "three", [("emu", corners)], size=None, extra="")
+        (annotation,) = read_voc(voc, "val")["annotations"]
+        assert annotation["bbox"] == expected and annotation["area"] == expected[2] * expected[3]
+
+
 @pytest.mark.parametrize("missing", ["Annotations", "JPEGImages"])
 def test_missing_part_of_the_layout(voc, missing):
     (voc / missing).rename(voc / (missing + "s"))

@@ -123,7 +123,7 @@ def test_models_that_can_be_augmented_pass():
 )
 def test_the_name_of_a_head_matters_only_where_it_is_built(switch, key):
     load_config("", [key, "Nothing"])
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=f"{key} is 'Nothing', which does not exist.*; there are "):
         load_config("", [key, "Nothing", switch, "True"])
 
 

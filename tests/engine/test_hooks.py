@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
@@ -78,6 +79,13 @@ def test_validation_losses_are_the_mean_over_the_images_and_always_the_same(trai
         for parameter in trainer.model.proposal_generator.parameters():
             parameter.add_(0.1)
     assert validation_losses(cfg, trainer.model)["loss_rpn_cls"] != first["loss_rpn_cls"]
+
+
+def test_a_process_without_images_changes_nothing_of_the_mean(trainer, tmp_path, scenes, monkeypatch):
+    cfg = small_config(tmp_path / "v", scenes)
+    alone = validation_losses(cfg, trainer.model)
+    monkeypatch.setattr(comm, "gather", lambda own: [({}, 0), own, ({}, 0)])
+    assert validation_losses(cfg, trainer.model) == alone
 
 
 @pytest.mark.parametrize("meta", ["GeneralizedRCNN", "RetinaNet"])

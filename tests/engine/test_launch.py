@@ -89,11 +89,23 @@ def test_the_status_of_a_process_on_a_gpu_is_that_of_the_program(monkeypatch, st
     assert end.value.code == becomes
 
 
+def test_ctrl_c_ends_the_program_as_a_shell_expects(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "launch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        launch(print, 1, device="cpu")
+    assert end.value.code == 130
+
+
 @pytest.mark.parametrize("main_branch", [False, True])
 def test_the_second_of_two_machines_has_the_ranks_behind_the_first(monkeypatch, main_branch):
     """Two machines with two processes each; what joins processes is replaced, since there is one machine here."""
-    joined, groups, ran = [], [], []
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    joined, groups, ran, threads = [], [], [], []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.append((backend, options)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "new_group", lambda ranks: groups.append(ranks) or ranks)
@@ -112,7 +124,7 @@ def test_the_second_of_two_machines_has_the_ranks_behind_the_first(monkeypatch, 
     monkeypatch.setattr(mp, "start_processes", in_turn)
     url = "tcp://10.0.0.1:1234"
     launch(ran.append, 2, num_machines=2, machine_rank=1, dist_url=url, args=("x",), device="cpu")
-    assert ran == ["x", "x"]
+    assert ran == ["x", "x"] and threads == [4, 4]
     assert [backend for backend, _ in joined] == ["gloo"] * 2
     assert [(o["rank"], o["world_size"], o["init_method"]) for _, o in joined] == [(2, 4, url), (3, 4, url)]
     if main_branch:

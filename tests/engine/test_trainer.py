@@ -99,10 +99,26 @@ def test_training_evaluates_logs_and_returns_the_results(tmp_path, scenes, caplo
     assert written >= {"total_loss", "loss_cls", "lr", "bbox/AP", "val_total_loss", "val_loss_cls"}
     # What is measured behind the last step is written too: at 3, where the period has not come round.
     assert [line["iteration"] for line in lines if "val_total_loss" in line][-1] == 2
+    # As they are, not as medians of the last 20: they are means over all images already.
+    hints = trainer.storage.smoothing_hints()
+    assert not any(hint for name, hint in hints.items() if name.startswith("val_"))
     assert list((tmp_path / "out").glob("events.out.tfevents.*"))
     # What pycocotools prints goes to the log.
     assert "Average Precision" not in capsys.readouterr().out
     assert "Average Precision" in caplog.text
+
+
+def test_on_several_gpus_the_model_is_joined_as_detectron2_joins_it(monkeypatch):
+    """Without sending the statistics of frozen norms in each step. "meta" stands for a GPU."""
+    joined = []
+    monkeypatch.setattr(trainer_module.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(trainer_module, "create_ddp_model", lambda model, **options: joined.append(options) or "on GPU")
+    monkeypatch.setattr(trainer_module, "DistributedDataParallel", lambda model, **options: joined.append(options))
+    assert trainer_module._distributed(torch.nn.Linear(1, 1, device="meta")) == "on GPU"
+    assert trainer_module._distributed(torch.nn.Linear(1, 1)) is None
+    assert joined == [{"broadcast_buffers": False}] * 2
+    monkeypatch.setattr(trainer_module.comm, "get_world_size", lambda: 1)
+    assert trainer_module._distributed(torch.nn.Linear(1, 1)) == "on GPU"  # which leaves one process alone
 
 
 def test_test_time_augmentation_is_evaluated_too(tmp_path, scenes):

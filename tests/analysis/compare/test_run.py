@@ -8,13 +8,16 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from fpn_d2 import cli
 from fpn_d2.analysis.compare import figures as compare_figures
+from fpn_d2.analysis.compare import memory_worker
 from fpn_d2.analysis.compare import run as compare
 from fpn_d2.analysis.compare.measure import time_training, torchvision_images, training_call
 from fpn_d2.analysis.compare.report import text, write_report
-from fpn_d2.analysis.compare.run import Plan, plain, run_compare
+from fpn_d2.analysis.compare.run import Plan, _steps, plain, run_compare
+from fpn_d2.analysis.measure.memory import MODES
 from fpn_d2.analysis.subjects import build_one, build_pair, random_batch, read_config
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.engine import ReportingCheckpointer
@@ -366,6 +369,76 @@ def test_a_plan_that_cannot_be(config, tmp_path, changed, words):
 def test_a_gpu_that_is_not_there(config):
     with pytest.raises(ValueError, match="there is no GPU"):
         run_compare(config, config, Plan(**QUICK, device="cuda"))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_each_peak_of_memory_is_asked_for_and_kept(config, tmp_path, monkeypatch, train):
+    asked = []
+
+    def peak_memory(model, mode, size, number, opts, weights, optimize):
+        asked.append((model.label, mode, size, number, opts, weights, optimize))
+        return {"mb": float(len(asked))} if model.label == "A" else {"missing": "it said nothing"}
+
+    monkeypatch.setattr(compare, "peak_memory", peak_memory)
+    changed = {"memory": True, "rounds": 1, "batches": (1, 2), "optimize": "b", "train": train}
+    plan = Plan(**QUICK | changed, output=str(tmp_path))
+    found = run_compare(config, config, plan, progress=False)
+    modes = ["inference", "training"][: 1 + train]
+    expected = [
+        (label, mode, (64, 96), batch, STOCK if label == "B" else [], "", "float32" if label == "B" else "")
+        for batch in (1, 2) for mode in modes for label in "AB"
+    ]  # fmt: skip
+    assert asked == expected
+    assert [(row["size"], row["batch"]) for row in found["memory"]] == [([64, 96], 1), ([64, 96], 2)]
+    assert found["memory"][0]["inference"] == {"A": 1.0, "B": None}
+    assert ("training" in found["memory"][1]) == train
+    assert "Peak of memory, inference, B, 64x96: it said nothing." in found["not_measured"]
+
+
+def test_progress_comes_to_its_end(config, tmp_path, monkeypatch):
+    counted = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            counted.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(compare, "tqdm", Bar)
+    monkeypatch.setattr(compare, "peak_memory", lambda *arguments: {"mb": 1.0})
+    plan = Plan(**QUICK | {"memory": True, "warmup": 1, "train": True, "batches": (1, 2)}, output=str(tmp_path))
+    run_compare(config, config, plan, progress=False)
+    assert sum(counted) == _steps(plan)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimize", ["", "bfloat16"])
+def test_process_for_memory_builds_what_it_is_told(config, folder, monkeypatch, mode, optimize):
+    """`python -m fpn_d2.analysis.compare.memory_worker` without the process and the figure."""
+    task = {"config": config, "opts": STOCK, "weights": "", "mode": mode, "size": [64, 96], "batch": 2}
+    made, called = [], []
+
+    def note(name, make):
+        def noted(*arguments):
+            made.append((name, arguments))
+            return lambda: called.append(make(*arguments)())
+
+        return noted
+
+    for name in ("training_call", "inference_call"):
+        monkeypatch.setattr(memory_worker, name, note(name, getattr(memory_worker, name)))
+    monkeypatch.setattr(memory_worker, "raised_peak", lambda call: call() and 7.5)
+    threads = torch.get_num_threads()
+    try:
+        assert memory_worker.measure(task | {"threads": threads, "optimize": optimize}) == 7.5
+    finally:
+        torch.set_num_threads(threads)
+    ((name, arguments),) = made
+    assert name == f"{mode}_call" and len(called) == 2  # the first makes room that the second uses again
+    network, batch = arguments[-2:]
+    assert type(network.roi_heads).__name__ == "StandardROIHeads"
+    assert [tuple(item["image"].shape) for item in batch] == [(3, 64, 96)] * 2
+    dtype = torch.bfloat16 if optimize and mode == "inference" else torch.float32
+    assert network.roi_heads.box_head.fc1.weight.dtype == dtype
 
 
 @pytest.mark.slow

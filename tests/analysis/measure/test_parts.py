@@ -67,6 +67,9 @@ def test_pooling_counts_the_samples_of_its_definition():
     # On the map of stride 4 the first is 7.5 x 5 cells: 3 samples across and 3 down in each of 3 x 2 bins.
     assert macs_by_part(Detector(0), (maps, boxes))["pooling"] == 4 * 5 * cells * (3 * 3 + 2 * 1)
     assert macs_by_part(Detector(2), (maps, boxes))["pooling"] == 4 * 5 * cells * 3 * 4
+    # A box without an extent has one sample in each bin.
+    empty = [Boxes(torch.tensor([[7.0, 7.0, 7.0, 7.0]])), Boxes(torch.zeros(0, 4))]
+    assert macs_by_part(Detector(0), (maps, empty))["pooling"] == 4 * 5 * cells
     large = [Boxes(torch.tensor([[0.0, 0.0, 448.0, 448.0]]))]
     # Larger than 224 pixels: from the second level, whose cells are 8 pixels.
     two_maps = [torch.zeros(1, 5, 128, 128), torch.zeros(1, 5, 64, 64)]
