@@ -166,6 +166,13 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # dictionary with the keys NAME, DIR, SPLIT and, if the classes shall not be read from the annotations,
     # CLASSES.
     new.DATASETS.VOC_FORMAT = []
+    # What to do with defects in a data set. "skip": a record that is of no use (a box without area, an unknown
+    # category, a file that cannot be read, ...) is left out, a wrong value whose right one is known (a recorded size,
+    # an area) is mended; both are counted, and listed in OUTPUT_DIR/data_sets. "error": stop before training. What
+    # leaves no unambiguous rest stops either way.
+    new.DATASETS.ON_BAD_DATA = "skip"
+    # Whether the images of a data set may lie outside its image folder: absolute file names, and those with "..".
+    new.DATASETS.FILES_OUTSIDE_FOLDER = False
     new.INPUT = CfgNode()
     # Flip upside down with probability 0.5, in addition to INPUT.RANDOM_FLIP: for images without an up or down.
     new.INPUT.VERTICAL_FLIP = False

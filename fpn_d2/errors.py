@@ -48,6 +48,43 @@ def not_found(path: str) -> str:
     return f"looked for {os.path.abspath(os.path.expanduser(path))}, but {folder} has no {os.path.basename(full)}{hint}"
 
 
+def shown(text: object, most: int = 80) -> str:
+    """What a user's file says, fit for a terminal and a log: no control characters, and at most ``most`` characters.
+
+    Text comes as it is, anything else as Python writes it. Characters that cannot be printed (escape sequences, line
+    breaks, marks that turn the direction of writing, halves of surrogate pairs) become ``\\x1b``, ``\\u202e``; of a
+    long text the start and the end are left.
+    """
+    if not isinstance(text, str):
+        try:
+            text = repr(text)
+        except (ValueError, RecursionError):  # a whole number of thousands of digits, a list of lists of lists ...
+            text = f"a {type(text).__name__}"
+    whole = _printable(text) if len(text) <= most else ""
+    if whole and len(whole) <= most or not text:
+        return whole
+    left_out = f"... ({len(text)} characters) ..."
+    end = max(1, (most - len(left_out)) // 3)
+    start = max(1, most - len(left_out) - end)
+    return _printable(text[:start])[:start] + left_out + _printable(text[-end:])[-end:]
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_value(value: object, most: int = 80) -> str:
+    """As `shown`, with quotes round text, so that '1' and 1 are told apart."""
+    return f"'{shown(value, most)}'" if isinstance(value, str) else shown(value, most)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line that a terminal can be given."""
+    return shown(" ".join(str(error).split()), 4000)
+
+
 @contextlib.contextmanager
 def user_mistakes_end_the_program() -> Iterator[None]:
     """Within this context a mistake of the user ends the program with one line on stderr and exit status 2.
@@ -62,7 +99,7 @@ def user_mistakes_end_the_program() -> Iterator[None]:
         if not _raised_in_fpn_d2(error):
             raise
         logging.getLogger("fpn_d2.traceback").debug("".join(traceback.format_exception(error)))
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

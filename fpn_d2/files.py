@@ -48,7 +48,9 @@ def locate(path: str | os.PathLike, what: str, *, folder: bool = False) -> Path:
 def _close_names(place: Path, folder: bool) -> list[Path]:
     if not place.parent.is_dir():
         return _close_names(place.parent, folder=True) if place.parent != place else []
-    names = [entry.name for entry in os.scandir(place.parent) if (entry.is_dir() if folder else entry.is_file())]
+    # Unlike what os.scandir gives, these answer for links in a circle too.
+    is_one = os.path.isdir if folder else os.path.isfile
+    names = [name for name in os.listdir(place.parent) if is_one(place.parent / name)]
     return [place.parent / name for name in difflib.get_close_matches(place.name, names, n=1)]
 
 

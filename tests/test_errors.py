@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fpn_d2.engine.launch import launch
-from fpn_d2.errors import UserError, did_you_mean, not_found, user_mistakes_end_the_program
+from fpn_d2.errors import UserError, did_you_mean, not_found, shown, shown_value, user_mistakes_end_the_program
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,43 @@ def test_an_error_raised_by_a_line_of_ours_is_a_mistake_of_the_user(capsys):
 def test_an_error_of_another_library_keeps_its_traceback():
     with pytest.raises(json.JSONDecodeError), user_mistakes_end_the_program():  # a ValueError
         json.loads("{")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a plain näme 斑马", "a plain näme 斑马"),
+        ("", ""),
+        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("line\nbreak\r\u2028", r"line\nbreak\r\u2028"),
+        ("\u202eover", r"\u202eover"),
+        ("\ud800", r"\ud800"),
+        (None, "None"),
+        ([1, float("nan")], "[1, nan]"),
+    ],
+)
+def test_text_of_users_is_made_fit_for_a_terminal(text, expected):
+    assert shown(text) == expected and shown(shown(text)) == shown(text)
+
+
+@pytest.mark.parametrize("character", ["a", "\x1b", "斑", "\U000e0001"])
+@pytest.mark.parametrize("most", [40, 80, 200])
+def test_long_text_keeps_its_ends(character, most):
+    text = shown(f"start{character * 20_000}end", most)
+    assert len(text) <= most and text.startswith("start") and text.endswith("end") and "20008 characters" in text
+    assert text.isprintable() and shown(text, most) == text
+
+
+def test_numbers_of_thousands_of_digits_have_no_text():
+    assert shown(10**5000) == "a int"
+
+
+def test_text_and_numbers_are_told_apart():
+    assert (shown_value("1"), shown_value(1)) == ("'1'", "1")
+
+
+def test_errors_reach_the_terminal_in_one_printable_line(capsys):
+    with pytest.raises(SystemExit), user_mistakes_end_the_program():
+        raise UserError("no file \x1b]0;title\x07 of\n" + "a" * 20_000)
+    line = capsys.readouterr().err
+    assert line.startswith(r"error: no file \x1b]0;title\x07 of aaa") and len(line) < 4200 and line.count("\n") == 1

@@ -54,3 +54,12 @@ def test_file_is_not_a_folder(tmp_path):
 def test_what_is_no_path(value):
     with pytest.raises(TypeError, match="Expected the path of it as text"):
         locate(value, "it")
+
+
+def test_mistyped_name_beside_links_in_a_circle(tmp_path):
+    (tmp_path / "set.json").write_text("")
+    (tmp_path / "sett.json").symlink_to("sett.json")
+    with pytest.raises(FileNotFoundError, match=r"Did you mean .*/set\.json"):
+        locate(tmp_path / "stt.json", "it")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        locate(tmp_path / "sett.json", "it", folder=True)

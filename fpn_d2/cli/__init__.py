@@ -5,9 +5,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from . import benchmark, compare, convert_torchvision, cost_curves, errors, models, predict, scenes, study
+from . import benchmark, compare, convert_torchvision, cost_curves, data, errors, models, predict, scenes, study
 
-VERBS = (scenes, predict, errors, convert_torchvision, models, study, compare, cost_curves, benchmark)
+VERBS = (scenes, data, predict, errors, convert_torchvision, models, study, compare, cost_curves, benchmark)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: what the verb says, 0 if nothing; 1 after a mistake in the arguments' values, told in one line.
     """
     from fpn_d2.engine import ask_for_huge_pages
+    from fpn_d2.errors import one_line
 
     args = build_parser().parse_args(argv)
     ask_for_huge_pages()
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, TypeError, OSError) as error:
-        print(f"fpn-d2 {args.verb}: {error}", file=sys.stderr)
+        print(f"fpn-d2 {args.verb}: {one_line(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,282 +1,348 @@
-"""Checks a COCO-format annotation file before anything trains on it, and mends what can be mended.
+"""Checks a COCO-format set before anything trains on it, and mends what can be mended.
 
-What breaks the structure (an unknown image, the same id twice, a missing file) is an error that names the record. A
-single unusable box is left out with one warning that counts. What COCO's own tools need and can be derived (``info``,
-``area``, ``iscrowd``, annotation ids that start at 1) is filled in.
+The set is read as a stream, twice: images and categories first, then annotations. What is kept of it is a line for each
+image and the ids, so that a million annotations fit anywhere; `CocoCheck.repaired` reads it once more and gives the
+records as they are to be used.
 """
 
-import math
+import dataclasses
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from fpn_d2.errors import shown, shown_value
 
-_EXIF_ORIENTATION = 0x0112
-_EXIF_QUARTER_TURNS = (5, 6, 7, 8)
-_NUMBERS = (int, float)  # what a number in json becomes; bool, a subclass of int, is none
+from .coco_annotations import DROP, FARTHEST, LARGEST_ID, AnnotationCheck, CheckOptions, ImageEntry
+from .defects import FILL, MEND, SKIP, Report
+from .image_files import look_at_all
+from .json_stream import JsonError, has_byte_order_mark, read_records, records_of
+from .voc_format import read_voc
+
+Records = Callable[[], Iterator[tuple[str, int | None, Any]]]
+
+_LONGEST_NAME = 100  # characters of a class name
+_MANY_OBJECTS = 5000  # annotations of one image that are named
 
 
-def check_coco(
-    data: Any,
-    source: str,
-    image_folder: Path,
-    *,
-    need_annotations: bool = True,
-    masks: bool = False,
-    polygons_only: bool = False,
-) -> tuple[list[str], list[str]]:
-    """Check the content of a COCO-format json, and mend it in place.
+class CocoCheck:
+    """The check of one set. After `run`, ``report`` says what was found, ``changed`` whether anything is to be mended.
 
-    Args:
-        data: The parsed json.
-        source: Name of the file, for the messages.
-        image_folder: Where the images lie.
-        need_annotations: Whether there have to be annotations; without, a list of images and the categories will do.
-        masks: Whether instance masks are going to be used. An object without a usable mask is then marked as crowd,
-            which training and evaluation pass over.
-        polygons_only: Whether masks in run-length encoding are an error (``INPUT.MASK_FORMAT: polygon``).
-
-    Returns:
-        What was mended silently (a list of short notes, empty if ``data`` is as it was) and warnings that the user
-        should see.
-
-    Raises:
-        ValueError: If the structure is broken. The message names the file and the record.
-        FileNotFoundError: If images are missing from the folder.
+    Attributes:
+        report: The findings.
+        changed: Whether `repaired` differs from what was read.
+        stopped: Whether something was found after which the rest means nothing.
     """
-    _check_structure(data, source, need_annotations)
-    notes: list[str] = []
-    warnings: list[str] = []
-    if not isinstance(data.get("info"), dict):
-        data["info"] = {}
-        notes.append("info added")
-    images = _check_images(data["images"], source, image_folder, notes)
-    categories = _check_categories(data["categories"], source, warnings)
-    if "annotations" in data:
-        _check_annotations(data, source, images, categories, notes, warnings)
-        if need_annotations and all(annotation["iscrowd"] for annotation in data["annotations"]):
-            raise ValueError(f"{source} holds no object to train on: it has no usable annotation that is not a crowd.")
-        if masks:
-            _check_masks(data, source, polygons_only, notes, warnings)
-    return notes, warnings
 
+    def __init__(
+        self, records: Records, source: str, image_folder: Path | None, options: CheckOptions
+    ):
+        """
+        Args:
+            records: Gives the set's records, as `read_records`; called several times.
+            source: Name of the set, for the messages.
+            image_folder: Where the images lie; None: they are not looked at.
+            options: What to look for.
+        """
+        self.report = Report(source)
+        self.changed = False
+        self.stopped = False
+        self._records = records
+        self._folder = image_folder
+        self._options = options
+        self._note = self.report.add
+        self._images: dict[int | str, ImageEntry] = {}
+        self._dropped: dict[str, set[int]] = {"images": set(), "categories": set()}
+        self._categories: dict[int, dict] = {}
+        self._renumber = False
 
-def _check_structure(data: Any, source: str, need_annotations: bool) -> None:
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{source} is not in COCO format: expected an object with images, annotations and categories, "
-            f"got a {type(data).__name__}."
+    # ---- The whole ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Look at everything."""
+        try:
+            self._structure()
+            if not self.stopped and self._folder is not None:
+                self._look_at_files()
+            if not self.stopped:
+                self._look_at_annotations()
+        except JsonError as error:
+            self.stop(error.kind, str(error))
+        self.changed |= self.report.count(SKIP, MEND, FILL) > 0
+
+    def repaired(self) -> Iterator[tuple[str, int | None, Any]]:
+        """The set as it is to be used: as `read_records`, with what is of no use left out and the rest mended."""
+        annotations = AnnotationCheck(
+            self._images, self._categories, self._options, lambda *_: None, renumber=self._renumber
         )
-    for key in ("images", "annotations", "categories"):
-        if key == "annotations" and key not in data and not need_annotations:
-            continue
-        if key not in data:
-            hint = " (only a set that is not in DATASETS.TRAIN may do without)" if key == "annotations" else ""
-            raise ValueError(
-                f"{source} is not in COCO format: it has no {key!r}{hint}; it holds {', '.join(data) or 'nothing'}."
+        changes_of = {
+            "images": self._changes_of_image,
+            "categories": self._changes_of_category,
+            "annotations": annotations.changes,
+        }
+        if self.report.counts["info_missing"]:
+            yield "info", None, {}
+        for key, index, value in self._records():
+            if key == "info" and self.report.counts["info_missing"]:
+                continue
+            if index is None or key not in changes_of:
+                yield key, index, value
+                continue
+            if not isinstance(value, dict) or index in self._dropped.get(key, ()):
+                continue
+            changes = changes_of[key](index, value)
+            if changes is not None:
+                yield key, index, _changed(value, changes)
+
+    def categories(self) -> list[dict]:
+        """The categories that are kept, in the order of their ids, each with ``id``, ``name`` and ``keypoints``."""
+        return [
+            {"id": own, **category, **category.get("changes", {})} for own, category in sorted(self._categories.items())
+        ]
+
+    def stop(self, kind: str, message: str, *where: Any) -> None:
+        """Note something after which the rest means nothing."""
+        self.stopped = True
+        self._note(kind, message, *where)
+
+    # ---- Images and categories ------------------------------------------------------------------------------
+
+    def _structure(self) -> None:
+        keys: dict[str, Any] = {}
+        totals: Counter = Counter()
+        entries = {"images": self._image, "categories": self._category}
+        for key, index, value in self._records():
+            if index is None:
+                keys[key] = value
+                continue
+            totals[key] += 1
+            if key in ("images", "categories", "annotations") and not isinstance(value, dict):
+                self._note("entry_not_object", f"entry {index} of {key!r} is {shown_value(value)}")
+                if key != "annotations":
+                    self._dropped[key].add(index)
+            elif key in entries and not entries[key](index, value):
+                self._dropped[key].add(index)
+        self.report.totals = {key: totals[key] for key in ("images", "annotations", "categories")}
+        self._check_keys(keys, totals)
+        if not isinstance(keys.get("info"), dict):
+            self._note("info_missing", "COCO's tools ask for an object under 'info'")
+        if len({type(value) for value in self._images}) > 1:
+            self.stop("image_ids_mixed", "the image ids are a mixture of numbers and text")
+        self._check_category_names()
+        if not self.stopped and not any(image.usable for image in self._images.values()):
+            self.stop("nothing_left", "no image is left")
+        elif not self.stopped and not self._categories:
+            self.stop("nothing_left", "no category is left")
+
+    def _check_keys(self, keys: dict[str, Any], totals: Counter) -> None:
+        for key in ("images", "annotations", "categories"):
+            if key not in keys:
+                if key == "annotations" and not self._options.training:
+                    self._note("no_annotations", "there is no list 'annotations'")
+                    continue
+                hint = " (only a set that is not trained on may do without)" if key == "annotations" else ""
+                holds = shown(", ".join(keys), 200) or "nothing"
+                self.stop("not_coco", f"it is not in COCO format: it has no {key!r}{hint}; it holds {holds}")
+            elif not isinstance(keys[key], list):
+                self.stop("not_coco", f"expected a list under {key!r}, got a {type(keys[key]).__name__}")
+            elif key != "annotations" and not totals[key]:
+                self.stop("not_coco", f"the list {key!r} is empty")
+
+    def _image(self, index: int, record: dict) -> bool:
+        """Take in one image; whether it is kept."""
+        own, name = record.get("id"), record.get("file_name")
+        if type(own) not in (int, str) or own == "":
+            self._note("image_id_wrong", f"entry {index} of the images: not a number or text: {shown_value(own)}")
+            return False
+        image = ImageEntry(name, 0, 0)
+        if own in self._images:
+            first = self._images[own]
+            if first.name != name and first.usable:  # whose are the annotations?
+                first.usable = False
+                self._note("image_id_twice", f"{shown(first.name)} and {shown(name)}", own)
+            self._note("image_id_twice", f"{shown(first.name)} and {shown(name)}", own)
+            return False
+        self._images[own] = image
+        if type(own) is int and abs(own) > LARGEST_ID:
+            self._note("image_id_beyond_64_bits", "the evaluation numbers the images by itself", own)
+        elif type(own) is str and not self.report.counts["image_id_text"]:  # once: it is a property of the set
+            self._note("image_id_text", "the evaluation numbers the images by itself", own)
+        problem = self._name_problem(name)
+        if problem:
+            self._note(*problem, own)
+            image.usable = False
+            return True  # known, so that its annotations are not called strays
+        width, height = record.get("width"), record.get("height")
+        if _is_side(width) and _is_side(height):
+            image.width, image.height = image.recorded = width, height
+        elif self._folder is None:
+            self._note("size_missing", f"{shown(name)}: width {shown_value(width)}, height {shown_value(height)}", own)
+        return True
+
+    def _name_problem(self, name: Any) -> tuple[str, str] | None:
+        if not isinstance(name, str) or not name or "\0" in name:
+            return "file_name_wrong", f"expected text as file_name, got {shown_value(name)}"
+        if not self._options.outside and self._folder is not None:
+            folder = os.path.abspath(self._folder)
+            if not os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, "")):
+                return "file_outside_folder", f"{shown(name)} lies outside {shown(folder, 200)}"
+        return None
+
+    def _category(self, index: int, record: dict) -> bool:
+        own, name = record.get("id"), record.get("name")
+        if type(own) is not int or abs(own) > LARGEST_ID:
+            self._note("category_id_wrong", f"entry {index} of the categories: not a number: {shown_value(own)}")
+            return False
+        if own in self._categories:
+            if self._categories[own].get("name") == name:
+                self._note("category_id_twice", f"category {own}, {shown(name)}")
+            else:
+                names = f"{shown(self._categories[own].get('name'))} and {shown(name)}"
+                self.stop("category_id_two_names", f"category {own} is {names}")
+            return False
+        self._categories[own] = {"name": name, "keypoints": record.get("keypoints")}
+        return True
+
+    def _check_category_names(self) -> None:
+        for own, category in self._categories.items():
+            name = category["name"]
+            if not isinstance(name, str) or not name.strip():
+                category["changes"] = {"name": f"category {own}"}
+                self._note("category_name_missing", f"category {own}: expected text as name, got {shown_value(name)}")
+            elif shown(name, _LONGEST_NAME) != name:
+                category["changes"] = {"name": shown(name, _LONGEST_NAME)}
+                self._note("category_name_unprintable", f"category {own} becomes {shown(name)}")
+        names = Counter(category.get("changes", category)["name"] for category in self._categories.values())
+        for name, count in names.items():
+            if count > 1:
+                self._note("category_name_twice", f"{count} categories are {shown(name)}; each is a class of its own")
+        if self._categories and sorted(self._categories) != list(range(1, len(self._categories) + 1)):
+            ids = sorted(self._categories)
+            self._note("category_ids_sparse", f"{len(ids)} ids from {ids[0]} to {ids[-1]}; classes go by their order")
+
+    def _changes_of_category(self, index: int, record: dict) -> dict:
+        return self._categories[record["id"]].get("changes", {})
+
+    # ---- Image files ----------------------------------------------------------------------------------------
+
+    def _look_at_files(self) -> None:
+        todo = [(own, image) for own, image in self._images.items() if image.usable]
+        paths = (os.path.join(self._folder, image.name) for _, image in todo)
+        all_facts = look_at_all(paths, len(todo), full=self._options.full, jobs=self._options.jobs)
+        names: set[str] = set()
+        for (own, image), facts in zip(todo, all_facts, strict=True):
+            for kind, message in facts.findings:
+                self._note(kind, message, own)
+            if image.name in names:
+                self._note("file_named_twice", shown(image.name), own)
+            names.add(image.name)
+            image.usable = facts.usable
+            if facts.usable:
+                self._compare_sizes(own, image, facts.width, facts.height, facts.turned)
+        if not any(image.usable for _, image in todo):
+            self.stop("nothing_left", "no image file can be used" + self._folder_hint(todo))
+        elif self.report.counts["file_missing"] and (hint := self._folder_hint(todo)):
+            first = self.report.first["file_missing"]
+            self.report.first["file_missing"] = dataclasses.replace(first, message=first.message + hint)
+
+    def _compare_sizes(self, own: int | str, image: ImageEntry, width: int, height: int, turned: bool) -> None:
+        recorded = image.recorded
+        image.width, image.height = width, height
+        if recorded is None:
+            self._note("size_missing", f"{shown(image.name)} is {width} x {height}", own)
+        elif turned and recorded == (height, width) and width != height:
+            self._note(
+                "exif_ambiguous",
+                f"{shown(image.name)} is {width} x {height} when turned as EXIF says, and recorded as {height} x "
+                f"{width}: its boxes may be meant either way; turn the file itself, or correct the record",
+                own,
             )
-        if not isinstance(data[key], list):
-            raise ValueError(f"{source}: expected a list under {key!r}, got a {type(data[key]).__name__}.")
-        for number, record in enumerate(data[key]):
-            if not isinstance(record, dict):
-                raise ValueError(f"{source}: entry {number} of {key!r} is not an object but {record!r}.")
-    for key in ("images", "categories"):
-        if not data[key]:
-            raise ValueError(f"{source}: the list {key!r} is empty.")
+            image.usable = False
+        elif recorded != (width, height):
+            self._note(
+                "size_differs",
+                f"{shown(image.name)} is {width} x {height}, not {recorded[0]} x {recorded[1]} as recorded",
+                own,
+            )
+
+    def _folder_hint(self, images: list[tuple[Any, ImageEntry]]) -> str:
+        missing = next((i.name for _, i in images if not os.path.exists(os.path.join(self._folder, i.name))), "")
+        if os.path.dirname(missing) and os.path.exists(os.path.join(self._folder, os.path.basename(missing))):
+            return "; names without the folder are there: drop it from file_name or from the image folder"
+        return f" (the image folder is {shown(str(self._folder), 200)})" if missing else ""
+
+    def _changes_of_image(self, index: int, record: dict) -> dict | None:
+        image = self._images[record["id"]]
+        if not image.usable:
+            return None
+        if (record.get("width"), record.get("height")) == (image.width, image.height) or not image.width:
+            return {}
+        return {"width": image.width, "height": image.height}
+
+    # ---- Annotations ----------------------------------------------------------------------------------------
+
+    def _look_at_annotations(self) -> None:
+        found = AnnotationCheck(self._images, self._categories, self._options, self._note)
+        for key, index, record in self._records():
+            if key == "annotations" and index is not None and isinstance(record, dict):
+                self.changed |= bool(found.changes(index, record))
+        if found.number_them:
+            # COCO's evaluation takes a matched object with id 0 for an unmatched one, so ids have to start at 1.
+            self._renumber = True
+            self._note("annotations_numbered", "COCO's evaluation needs ids that are whole numbers from 1")
+        for own, image in self._images.items():
+            if image.objects > _MANY_OBJECTS:
+                self._note("many_objects", f"{image.objects} annotations: memory grows with them times anchors", own)
+        self._judge_the_whole(found)
+
+    def _judge_the_whole(self, found: AnnotationCheck) -> None:
+        boxes, kept, report = found.boxes, found.kept, self.report
+        if found.are_corners():
+            self.stop(
+                "boxes_are_corners",
+                f"{boxes['over']} of {boxes['all']} boxes end outside their images if they are x y width height, and "
+                "none does if they are x1 y1 x2 y2: `fpn-d2 data check ... --fix` converts them",
+            )
+        if not kept["objects"] and self._options.training:
+            crowds = f", and {kept['crowds']} crowds" if kept["crowds"] else ""
+            self.stop("nothing_left", f"no object to train on: no usable annotation that is not a crowd{crowds}")
+        elif not report.totals["annotations"] and not report.counts["no_annotations"]:
+            self._note("no_annotations", "the list 'annotations' is empty")
+        if self._options.masks and kept["objects"] and kept["bare"] == kept["objects"]:
+            self.stop("masks_missing", "its objects have boxes only, but MODEL.MASK_ON needs masks")
+        if self._options.polygons_only and kept["run_lengths"]:
+            self.stop(
+                "masks_are_run_lengths",
+                f"{kept['run_lengths']} masks are run-length encoded: set INPUT.MASK_FORMAT to bitmask",
+            )
 
 
-def _check_ids(records: list[dict], what: str, source: str, types: tuple[type, ...]) -> dict:
-    """Records by id; ids must be there, all of one of ``types``, and used once."""
-    by_id: dict = {}
-    kind = " or ".join({int: "a whole number", str: "text"}[t] for t in types)
-    for number, record in enumerate(records):
-        value = record.get("id")
-        if isinstance(value, bool) or not isinstance(value, types):
-            raise ValueError(f"{source}: {what} {number} of the list: expected {kind} as id, got {value!r}.")
-        if value in by_id:
-            raise ValueError(f"{source}: the {what} id {value!r} is used more than once.")
-        by_id[value] = record
-    if len({type(value) for value in by_id}) > 1:
-        raise ValueError(f"{source}: the {what} ids are a mixture of numbers and text.")
-    return by_id
+def check_coco(json_file: Path, image_folder: Path | None, options: CheckOptions) -> CocoCheck:
+    """Check a COCO-format json; without a folder of images those are not looked at."""
+    found = CocoCheck(lambda: read_records(json_file), str(json_file), image_folder, options)
+    if has_byte_order_mark(json_file):
+        found.report.add("byte_order_mark", "pycocotools stumbles over it")
+    found.run()
+    return found
 
 
-def _check_images(images: list[dict], source: str, folder: Path, notes: list[str]) -> dict:
-    by_id = _check_ids(images, "image", source, (int, str))
-    for number, image in by_id.items():
-        name = image.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{source}: image id {number!r}: expected text as file_name, got {name!r}.")
-    _check_image_files(images, source, folder)
-    unsized = [image for image in images if not all(_is_side(image.get(key)) for key in ("width", "height"))]
-    for image in unsized:
-        image["width"], image["height"] = image_size(folder / image["file_name"])
-    if unsized:
-        notes.append(f"width and height of {len(unsized)} images read from their files")
-    return by_id
+def check_voc(folder: Path, split: str | None, classes: list[str] | None, options: CheckOptions) -> CocoCheck:
+    """Check one split of a Pascal VOC folder; the arguments are those of `read_voc`."""
+    content: dict = {}
+    name = f"{split} of {folder}" if split else str(folder)
+    found = CocoCheck(lambda: records_of(content), name, folder / "JPEGImages", options)
+    content.update(read_voc(folder, split, classes, note=found.report.add, training=options.training))
+    if content["images"]:
+        found.run()
+    else:
+        found.stop("nothing_left", "no image has both a file and an XML file that can be read")
+    return found
+
+
+def _changed(record: dict, changes: dict) -> dict:
+    return {key: value for key, value in {**record, **changes}.items() if value is not DROP} if changes else record
 
 
 def _is_side(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of an image file as it is shown, that is turned as its EXIF data say.
-
-    Raises:
-        ValueError: If the file is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
-            return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
-
-
-def _check_image_files(images: list[dict], source: str, folder: Path) -> None:
-    listed: dict[str, set[str]] = {}  # one listing per folder is far quicker than a look at each file
-
-    def exists(path: str) -> bool:
-        parent, name = os.path.split(path)
-        if parent not in listed:
-            listed[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-        return name in listed[parent]
-
-    missing = [image["file_name"] for image in images if not exists(os.path.join(folder, image["file_name"]))]
-    if not missing:
-        return
-    message = f"{source}: {len(missing)} of {len(images)} images are not in {folder}: {', '.join(missing[:3])}"
-    message += ", ..." if len(missing) > 3 else "."
-    if exists(os.path.join(folder, os.path.basename(missing[0]))):
-        message += " Their names without the folder are there; drop the folder from file_name or from the image folder."
-    raise FileNotFoundError(message)
-
-
-def _check_categories(categories: list[dict], source: str, warnings: list[str]) -> dict:
-    by_id = _check_ids(categories, "category", source, (int,))
-    for number, category in by_id.items():
-        if not isinstance(category.get("name"), str):
-            raise ValueError(f"{source}: category id {number}: expected text as name, got {category.get('name')!r}.")
-    twice = [name for name, count in Counter(category["name"] for category in categories).items() if count > 1]
-    if twice:
-        warnings.append(f"{source}: several categories share the name {twice[0]!r}; each counts as a class of its own.")
-    return by_id
-
-
-def _check_annotations(
-    data: dict, source: str, images: dict, categories: dict, notes: list[str], warnings: list[str]
-) -> None:
-    annotations = data["annotations"]
-    kept, faults, filled = [], {}, Counter()
-    seen = set()
-    for number, annotation in enumerate(annotations):
-        own_id = annotation.get("id")
-        where = f"{source}: annotation id {own_id!r} (entry {number})"
-        if own_id is not None:
-            if not isinstance(own_id, (int, str)):
-                raise ValueError(f"{where}: expected a whole number as id.")
-            if own_id in seen:
-                raise ValueError(f"{source}: the annotation id {own_id!r} is used more than once.")
-            seen.add(own_id)
-        for key, known in (("image_id", images), ("category_id", categories)):
-            value = annotation.get(key)
-            if not isinstance(value, (int, str)) or value not in known:
-                kind = key.removesuffix("_id")
-                raise ValueError(f"{where}: {key} {value!r} is not the id of any {kind} of this file.")
-        box = annotation.get("bbox")
-        if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(type(v) in _NUMBERS for v in box):
-            raise ValueError(f"{where}: expected bbox to be four numbers [x, y, width, height], got {box!r}.")
-        fault = _box_fault(box, images[annotation["image_id"]])
-        if fault:
-            faults.setdefault(fault, []).append(own_id if own_id is not None else f"of entry {number}")
-            continue
-        kept.append(annotation)
-        _fill(annotation, filled)
-    if faults:
-        total = sum(len(ids) for ids in faults.values())
-        counts = ", ".join(f"{len(ids)} {fault} (first: id {ids[0]})" for fault, ids in faults.items())
-        warnings.append(f"{source}: {total} of {len(annotations)} annotations are left out: {counts}.")
-        data["annotations"] = kept
-        notes.append("annotations left out")
-    # COCO's evaluation takes a matched object with id 0 for an unmatched one, so ids have to start at 1.
-    if any(not isinstance(annotation.get("id"), int) or annotation["id"] < 1 for annotation in kept):
-        for number, annotation in enumerate(kept, start=1):
-            annotation["id"] = number
-        notes.append("annotations numbered from 1")
-    notes.extend(f"{key} filled in {count} times" for key, count in filled.items())
-
-
-def _box_fault(box: list[float], image: dict) -> str | None:
-    x, y, width, height = box
-    if not all(math.isfinite(v) for v in box):
-        return "with a box that is not finite"
-    if width < 0 or height < 0:
-        return "with a box of negative width or height"
-    if width == 0 or height == 0:
-        return "with a box without area"
-    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
-        return "with a box outside its image"
-    return None
-
-
-def _fill(annotation: dict, filled: Counter) -> None:
-    if annotation.get("iscrowd") not in (0, 1):
-        annotation["iscrowd"] = 0
-        filled["iscrowd"] += 1
-    if annotation.get("ignore"):  # Detectron2 refuses this key; crowd is the mark that it and COCO know
-        annotation["iscrowd"] = 1
-        filled["iscrowd from ignore"] += 1
-    if annotation.pop("ignore", None) is not None:
-        filled["ignore"] += 1
-    area = annotation.get("area")
-    if type(area) not in _NUMBERS or not math.isfinite(area):
-        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        filled["area"] += 1
-    if annotation.get("keypoints") and "num_keypoints" not in annotation:
-        annotation["num_keypoints"] = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
-        filled["num_keypoints"] += 1
-    segmentation = annotation.get("segmentation")
-    if segmentation and not _is_mask(segmentation):
-        # Detectron2 would drop the whole object, box and all.
-        usable = [polygon for polygon in segmentation if _is_polygon(polygon)] if isinstance(segmentation, list) else []
-        annotation["segmentation"] = usable
-        filled["segmentation without its broken polygons"] += 1
-
-
-def _is_polygon(polygon: Any) -> bool:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        return False
-    try:
-        return math.isfinite(sum(polygon))  # one number that is not finite spoils the sum; quicker than one by one
-    except TypeError:
-        return False
-
-
-def _is_mask(segmentation: Any) -> bool:
-    if isinstance(segmentation, dict):
-        return isinstance(segmentation.get("counts"), (str, list)) and len(segmentation.get("size") or ()) == 2
-    return isinstance(segmentation, list) and all(_is_polygon(polygon) for polygon in segmentation)
-
-
-def _check_masks(data: dict, source: str, polygons_only: bool, notes: list[str], warnings: list[str]) -> None:
-    objects = [annotation for annotation in data["annotations"] if not annotation["iscrowd"]]
-    bare = [annotation for annotation in data["annotations"] if not annotation.get("segmentation")]
-    bare_objects = [annotation for annotation in bare if not annotation["iscrowd"]]
-    if objects and len(bare_objects) == len(objects):
-        raise ValueError(f"{source} has boxes only, but MODEL.MASK_ON needs masks: none of its objects has one.")
-    if polygons_only and any(isinstance(annotation.get("segmentation"), dict) for annotation in objects):
-        raise ValueError(f"{source} holds run-length encoded masks: set INPUT.MASK_FORMAT to bitmask.")
-    for annotation in bare:
-        x, y, width, height = annotation["bbox"]
-        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-        annotation["iscrowd"] = 1
-    if bare:
-        notes.append(f"{len(bare)} objects without mask marked as crowd")
-    if bare_objects:
-        warnings.append(
-            f"{source}: {len(bare_objects)} of {len(objects)} objects have no usable mask "
-            f"(first: id {bare_objects[0]['id']}); training and evaluation pass over them."
-        )
+    return type(value) is int and 0 < value < FARTHEST

@@ -3,17 +3,14 @@
 ``DATASETS.COCO_FORMAT`` and ``DATASETS.VOC_FORMAT`` name files and folders; after ``register_from_config`` the names
 work in ``DATASETS.TRAIN`` and ``DATASETS.TEST`` like Detectron2's own, and Detectron2's ``COCOEvaluator`` gives its
 tables for both. The user's files are only read. Where COCO's tools need a mended or converted annotation file, it is
-written to ``<OUTPUT_DIR>/data_sets``.
+written to ``<OUTPUT_DIR>/data_sets``, and beside it the list of all that was mended or left out.
 """
 
-import codecs
 import difflib
 import hashlib
-import json
-import logging
 import os
 import re
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,10 @@ from detectron2.data.datasets import register_coco_instances
 
 from fpn_d2.files import locate
 
-from .coco_check import check_coco
-from .voc_format import read_voc
-
-logger = logging.getLogger(__name__)
+from .coco_annotations import CheckOptions
+from .coco_check import CocoCheck, check_coco, check_voc
+from .findings import refuse, say
+from .json_stream import write_records
 
 # Name -> (where its data come from, the state of those files and of the keys that matter): what this process knows.
 _registered: dict[str, tuple[tuple, tuple]] = {}
@@ -147,17 +144,12 @@ def _register_coco(cfg: CfgNode, entry: dict) -> None:
     json_file = locate(entry["JSON"], f"the annotations of data set {name!r}")
     image_folder = locate(entry["IMAGES"], f"the images of data set {name!r}", folder=True)
     status = json_file.stat()
-
-    def read() -> Any:
-        try:
-            return json.loads(json_file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{json_file} is not valid json: {error}.") from error
-
-    with open(json_file, "rb") as file:
-        plain = file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8  # pycocotools stumbles over the mark
     state = (status.st_mtime_ns, status.st_size)
-    _register(cfg, name, ("COCO", json_file), image_folder, state, read, json_file if plain else None)
+    source = ("COCO", json_file)
+
+    _register(
+        cfg, name, source, image_folder, state, lambda options: check_coco(json_file, image_folder, options), json_file
+    )
 
 
 def _register_voc(cfg: CfgNode, entry: dict) -> None:
@@ -171,11 +163,18 @@ def _register_voc(cfg: CfgNode, entry: dict) -> None:
     files = [folder / "ImageSets" / "Main" / f"{split}.txt", *sorted((folder / "Annotations").glob("*.xml"))]
     state = tuple(file.stat().st_mtime_ns for file in files if file.is_file())
     source = ("VOC", folder, split, tuple(classes or ()))
-    _register(cfg, name, source, folder / "JPEGImages", state, lambda: read_voc(folder, split, classes), None)
+    images = folder / "JPEGImages"
+    _register(cfg, name, source, images, state, lambda options: check_voc(folder, split, classes, options), None)
 
 
 def _register(
-    cfg: CfgNode, name: str, source: tuple, image_folder: Path, state: tuple, read: Any, json_file: Path | None
+    cfg: CfgNode,
+    name: str,
+    source: tuple,
+    image_folder: Path,
+    state: tuple,
+    check: Callable[[CheckOptions], CocoCheck],
+    json_file: Path | None,
 ) -> None:
     """Register one data set unless it is registered already.
 
@@ -185,14 +184,19 @@ def _register(
         source: What identifies the data set.
         image_folder: Where its images lie.
         state: What changes when the annotations change.
-        read: Function that returns the annotations as the content of a COCO-format json.
-        json_file: File that holds just that and that COCO's tools can read; None if there is none yet.
+        check: Looks at the set.
+        json_file: File that holds its annotations in COCO's format; None if there is none yet.
     """
     source = (*source, image_folder)
     training = name in cfg.DATASETS.TRAIN
     masks = bool(cfg.MODEL.MASK_ON)
-    polygons_only = masks and training and cfg.INPUT.MASK_FORMAT == "polygon"
-    state = (*state, training, masks, polygons_only)
+    options = CheckOptions(
+        training=training,
+        masks=masks,
+        polygons_only=masks and training and cfg.INPUT.MASK_FORMAT == "polygon",
+        outside=cfg.DATASETS.FILES_OUTSIDE_FOLDER,
+    )
+    state = (*state, options, cfg.DATASETS.ON_BAD_DATA)
     if name in _registered and name in DatasetCatalog.list():
         known_source, known_state = _registered[name]
         if known_source != source:
@@ -207,17 +211,13 @@ def _register(
     elif name in DatasetCatalog.list():
         raise ValueError(f"The data set name {name!r} is taken by Detectron2 or your own code; choose another one.")
 
-    data = read()
-    shown = str(json_file or source[1])
-    notes, warnings = check_coco(
-        data, shown, image_folder, need_annotations=training, masks=masks, polygons_only=polygons_only
-    )
-    for warning in warnings:
-        logger.warning(warning)
-    if notes or warnings or json_file is None:
-        json_file = _write(data, cfg.OUTPUT_DIR, name)
-        logger.info("%s: uses the copy %s (%s)", shown, json_file, "; ".join(notes) or "converted")
-    categories = sorted(data["categories"], key=lambda category: category["id"])
+    found = check(options)
+    refuse(found.report, cfg.DATASETS.ON_BAD_DATA)
+    if found.changed or json_file is None:
+        json_file = _file_about(cfg, name, ".json")
+        write_records(found.repaired(), json_file)
+    say(found.report, None if not found.changed else json_file, _file_about(cfg, name, ".defects.json"))
+    categories = found.categories()
     metadata = {
         "thing_classes": [category["name"] for category in categories],
         "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(categories)},
@@ -240,21 +240,9 @@ def _keypoint_metadata(categories: list[dict]) -> dict:
     return {"keypoint_names": list(names), "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
 
 
-def _write(data: dict, output_dir: str, name: str) -> Path:
-    """Write a json in one step, so that processes that do the same at the same time do not disturb one another."""
-    folder = Path(os.path.abspath(output_dir)) / "data_sets"
-    folder.mkdir(parents=True, exist_ok=True)
+def _file_about(cfg: CfgNode, name: str, ending: str) -> Path:
+    """Where a file about the data set is written."""
     plain = re.sub(r"[^\w.-]", "_", name)
     if plain != name:  # the names "my val" and "my/val" are two files
         plain += "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    target = folder / f"{plain}.json"
-    handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file)
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return target
+    return Path(os.path.abspath(cfg.OUTPUT_DIR)) / "data_sets" / f"{plain}{ending}"

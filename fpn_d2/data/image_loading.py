@@ -3,7 +3,8 @@
 A JPEG is decoded by OpenCV, straight into an array of BGR; Pillow, which Detectron2 reads with, goes through an image
 object of its own. Both call the same JPEG library, if not always the same build of it, so that OpenCV decodes only
 what is known to come out alike: complete files of a usual kind, if both give the same bits for a trial image of that
-kind on this machine. All else, broken files among it, goes to Detectron2's own ``read_image``.
+kind on this machine. All else, broken files among it, is read as Detectron2's own ``read_image`` does it, but for two
+things: pixels of more than 8 bits, of which Pillow's conversion makes white or black, and broken PNG files.
 """
 
 import functools
@@ -13,8 +14,7 @@ import re
 import cv2
 import numpy as np
 import torch
-from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.data.detection_utils import read_image as read_with_pillow
+from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image, JpegImagePlugin
 
@@ -32,26 +32,82 @@ _TURNS = {
     7: lambda pixels: cv2.flip(cv2.transpose(pixels), -1),
     8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
+# Modes of Pillow's whose values have 8 bits or fewer.
+EIGHT_BIT_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "RGBa", "La")
 
 
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """Read an image file as Detectron2's ``read_image`` does, bit for bit.
+def read_image(file_name: str, image_format: str, *, by_pillow: bool = False) -> np.ndarray:
+    """Read an image file as Detectron2's ``read_image`` does, bit for bit; pixels of more than 8 bits are scaled.
 
     Args:
         file_name: A path, or whatever else Detectron2's ``PathManager`` opens.
         image_format: ``INPUT.FORMAT``. JPEG files are read faster as "BGR" and "RGB".
+        by_pillow: Whether to leave JPEG files to Pillow too.
 
     Returns:
         Array of shape (height, width, channels), turned upright by its EXIF tag. It may be a view with strides < 0.
+
+    Raises:
+        ValueError: Its pixels have no right reading as 8 bits; see `eight_bits`.
+        OSError: It cannot be read.
     """
-    if image_format in ("BGR", "RGB"):
+    if image_format in ("BGR", "RGB") and not by_pillow:
         with PathManager.open(file_name, "rb") as file:
             start = file.read(len(_JPEG_START))
             data = start + file.read() if start == _JPEG_START else b""
         pixels = _read_jpeg(data) if data else None
         if pixels is not None:
             return pixels if image_format == "BGR" else pixels[:, :, ::-1]
-    return read_with_pillow(file_name, format=image_format)
+    return read_with_pillow(file_name, image_format)
+
+
+def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:
+    """`read_image` without OpenCV: the steps of Detectron2's, with the scaling in between."""
+    with PathManager.open(file_name, "rb") as file:
+        image = Image.open(file)
+        # Before anything asks for EXIF data: for PNG files that decodes, and Detectron2, which passes over its errors,
+        # then takes the black image that is left of a broken file for the picture.
+        image.load()
+        if image.mode not in EIGHT_BIT_MODES:
+            image = eight_bits(image)
+        return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits in 8 bits, the whole range of its kind to 0 to 255, whatever the picture holds.
+
+    16 bits are divided by 257. Floating point is taken for 0 to 1 if nothing is above 1, and for 0 to 255 otherwise.
+
+    Args:
+        image: Of a mode that is not in `EIGHT_BIT_MODES`.
+
+    Returns:
+        An image of mode "L", with the EXIF data of the other.
+
+    Raises:
+        ValueError: It is of another kind (32-bit whole numbers have no range that pictures use), or floating point
+            outside of both ranges.
+    """
+    if reads_as_16_bits(image):
+        pixels = (np.asarray(image).astype(np.uint32) + 128) // 257
+    elif image.mode == "F":
+        pixels = np.asarray(image)
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 255):  # NaN is neither
+            raise ValueError(
+                f"its floating-point pixels go from {low:g} to {high:g}, not from 0 to 1 or to 255: save it with 8 bits"
+            )
+        pixels = np.rint(pixels * (255 if high <= 1 else 1))
+    else:
+        raise ValueError(f"its pixels of the kind {image.mode!r} have no right reading as 8 bits: save it with 8 bits")
+    grey = Image.fromarray(pixels.astype(np.uint8))
+    grey.getexif().update(image.getexif())
+    return grey
+
+
+def reads_as_16_bits(image: Image.Image) -> bool:
+    """Whether its pixels go from 0 to 65535. Some versions of Pillow keep such PNG and PGM files as 32-bit numbers."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def to_chw(image: np.ndarray) -> torch.Tensor:

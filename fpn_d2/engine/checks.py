@@ -23,6 +23,7 @@ from detectron2.modeling import (
 )
 from detectron2.solver import build as solver_build
 
+from fpn_d2.data.findings import ON_BAD_DATA
 from fpn_d2.errors import UserError, did_you_mean, not_found
 from fpn_d2.fast.apply import NUMERICS
 from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
@@ -42,6 +43,7 @@ _READ_BY = {
 }
 _OPTIONS = {
     "MODEL.NUMERICS": NUMERICS,
+    "DATASETS.ON_BAD_DATA": ON_BAD_DATA,
     "MODEL.PARTIAL_WEIGHTS": ("auto", "allow", "refuse"),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.AMP.DTYPE": ("auto", "float16", "bfloat16"),

@@ -102,7 +102,6 @@ RARE = {
     "png_alpha": lambda: encoded(picture().convert("RGBA"), "PNG"),
     "png_palette": lambda: encoded(picture().convert("P"), "PNG"),
     "png_grey_alpha": lambda: encoded(picture().convert("LA"), "PNG"),
-    "png_16_bits": lambda: encoded(Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30) * 70), "PNG"),
     "bmp": lambda: encoded(picture(), "BMP"),
     "two_pictures": lambda: encoded(picture(), "MPO", save_all=True, append_images=[picture(seed=1)]),
     "sampling_440": lambda: cv2.imencode(
@@ -120,6 +119,60 @@ RARE = {
 def test_rare_and_broken_files_as_detectron2_reads_them(tmp_path, kind, image_format):
     (tmp_path / "a").write_bytes(RARE[kind]())
     check(tmp_path / "a", image_format)
+
+
+DEEP = np.arange(900, dtype=np.uint16).reshape(30, 30) * 70
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB", "L"])
+@pytest.mark.parametrize(
+    ("pixels", "kind", "expected"),
+    [
+        (DEEP, "PNG", DEEP / 257),
+        (DEEP, "TIFF", DEEP / 257),
+        (DEEP, "PPM", DEEP / 257),
+        ((DEEP / 65535).astype(np.float32), "TIFF", DEEP / 257),
+        ((DEEP / 257).astype(np.float32), "TIFF", DEEP / 257),
+    ],
+)
+def test_pixels_of_more_than_8_bits_are_scaled(tmp_path, image_format, pixels, kind, expected):
+    """Detectron2 gives white for all of them but the last, and black for the one before."""
+    (tmp_path / "a").write_bytes(encoded(Image.fromarray(pixels), kind))
+    ours = read_image(tmp_path / "a", image_format)
+    assert ours.dtype == np.uint8 and ours.shape == (30, 30, 1 if image_format == "L" else 3)
+    assert np.abs(ours.astype(float) - expected[:, :, None]).max() <= 0.5 + 1e-3
+    assert len(np.unique(ours)) > 200
+
+
+def test_turned_pixels_of_more_than_8_bits(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").write_bytes(encoded(Image.fromarray(DEEP[:20]), "PNG", exif=exif))
+    assert read_image(tmp_path / "a", "BGR").shape == (30, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((4, 5), 70_000, np.int32), "kind 'I' have no right reading"),
+        (np.full((4, 5), -1.0, np.float32), "from -1 to -1, not from 0"),
+        (np.full((4, 5), 1e6, np.float32), "to 1e"),
+        (np.full((4, 5), np.nan, np.float32), "nan"),
+    ],
+)
+def test_pixels_without_a_right_reading_are_refused(tmp_path, pixels, message):
+    (tmp_path / "a").write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / "a", "BGR")
+
+
+def test_broken_png_is_no_black_image(tmp_path):
+    data = bytearray(encoded(picture(), "PNG"))
+    start = data.index(b"IDAT") + 4
+    data[start : start + 40] = bytes(40)
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(OSError):
+        read_image(tmp_path / "a.png", "BGR")
 
 
 def test_chroma_that_the_trial_images_do_not_cover_is_left_to_pillow(tmp_path, without_pillow):
