@@ -1,6 +1,14 @@
 """Every configuration key that fpn_d2 adds to Detectron2's own, with its meaning, unit and options."""
 
+from detectron2 import config as detectron2_config
 from detectron2.config import CfgNode
+
+
+def get_cfg() -> CfgNode:
+    """Return Detectron2's defaults with the keys of fpn_d2."""
+    cfg = detectron2_config.get_cfg()
+    add_fpn_d2_config(cfg)
+    return cfg
 
 
 def add_fpn_d2_config(cfg: CfgNode) -> None:
@@ -10,8 +18,7 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     Detectron2 builds what it built before. Adding the keys twice changes nothing.
 
     Example:
-        >>> from detectron2.config import get_cfg
-        >>> cfg = get_cfg()
+        >>> cfg = detectron2_config.get_cfg()
         >>> add_fpn_d2_config(cfg)
         >>> cfg.MODEL.FPN.NECK
         'FPN'

@@ -272,3 +272,9 @@ def test_maps_of_another_pathway_name_its_builder(name, builder):
     fpn_d2.add_fpn_d2_config(cfg)
     with pytest.raises(ValueError, match=f"asks for {name}.*MODEL.FPN.BOTTOM_UP to its builder, .*{builder}"):
         build_backbone(cfg)
+
+
+def test_get_cfg_is_detectron2s_with_our_keys():
+    cfg = get_cfg()
+    fpn_d2.add_fpn_d2_config(cfg)
+    assert fpn_d2.get_cfg().dump() == cfg.dump() and "NECK" not in get_cfg().MODEL.FPN
