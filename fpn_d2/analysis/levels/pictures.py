@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.inference import Predictor
 from fpn_d2.inference.drawing import draw, to_bgr, write
-
-from .rule import Rule
 
 # Pixels: longer side of a panel, and the bar for its title.
 _SIDE, _HEADER = 360, 24

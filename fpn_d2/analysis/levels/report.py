@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from fpn_d2.analysis.errors.detections import Objects, Scored, take
 from fpn_d2.analysis.errors.tide import average_precision, match, overlaps
+from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.files import write_atomically
-
-from .rule import Rule
 
 _IOUS = np.linspace(0.5, 0.95, 10)
 SIZES = (("small", 0.0, 32.0**2), ("medium", 32.0**2, 96.0**2), ("large", 96.0**2, np.inf))  # COCO's

@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 
 from fpn_d2.analysis.errors.detections import read_truth
+from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.inference import Predictor
 from fpn_d2.inference.load import configuration_of
 
 from .collect import collect
 from .pictures import draw_levels, draw_maps
 from .report import Report, report_levels, write_report
-from .rule import Rule
 
 _SHOWN = 4  # images in the picture
 

@@ -13,10 +13,10 @@ import fpn_d2
 from fpn_d2 import cli
 from fpn_d2.analysis.errors.detections import Objects, Scored, take
 from fpn_d2.analysis.errors.tide import overlaps
+from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.analysis.levels.collect import collect
 from fpn_d2.analysis.levels.pictures import draw_levels, draw_maps
 from fpn_d2.analysis.levels.report import group_ap, report_levels
-from fpn_d2.analysis.levels.rule import Rule
 from fpn_d2.checkpoint.contents import contents
 from fpn_d2.cli.levels import EXAMPLE
 from fpn_d2.data import register_from_config
