@@ -191,6 +191,11 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # "SGD", as Detectron2 has it, or "AdamW", which wants a BASE_LR of about 1e-4 to 1e-3 and learns faster from
     # scratch.
     new.SOLVER.OPTIMIZER = "SGD"
+    # Number of periodic checkpoints (SOLVER.CHECKPOINT_PERIOD) to keep; older ones are deleted. 0: all are kept.
+    new.SOLVER.CHECKPOINT_KEEP = 0
+    # Minutes after which a checkpoint is saved in any case, as model_last.pth, one file that the next one replaces.
+    # 0: never.
+    new.SOLVER.CHECKPOINT_MINUTES = 10.0
     new.SOLVER.AMP = CfgNode()
     # Precision under SOLVER.AMP.ENABLED: "float16" (GPUs only, with loss scaling), "bfloat16", or "auto":
     # float16 on a GPU, as Detectron2 has it, and bfloat16 on a CPU.

@@ -1,5 +1,6 @@
 """Finding files and folders that a user names, and writing files whole."""
 
+import contextlib
 import difflib
 import os
 from pathlib import Path
@@ -55,7 +56,20 @@ def _close_names(place: Path, folder: bool) -> list[Path]:
 
 
 def write_atomically(path: str, text: str) -> None:
-    """Write a small text file such that readers see the old text or the new, never a part."""
+    """Write a small text file such that readers see the old text or the new, never a part, also after a power cut."""
     with open(path + UNFINISHED, "w") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + UNFINISHED, path)
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(folder: str) -> None:
+    """Have the names in ``folder`` written to the disk, on systems that can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

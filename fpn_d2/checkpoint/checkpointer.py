@@ -2,16 +2,19 @@
 
 import logging
 import os
+import time
 from typing import Any
 from urllib.parse import parse_qsl
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from torch import nn
 
 from fpn_d2.errors import UserError, not_found
-from fpn_d2.files import UNFINISHED, write_atomically
+from fpn_d2.files import write_atomically
 
 from .contents import KEY, check_classes, classes_in
+from .folder import LAST, newest_good, prune, remove_unfinished, write_checkpoint
 from .reading import read_checkpoint
 from .report import judge, log_report, report_of
 from .torchvision import convert_torchvision, is_torchvision
@@ -25,8 +28,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with a report and a decision, and with files read by `read_checkpoint`.
 
     After each load it logs how many tensors of each part of the model were filled. What does not fit is judged by
-    ``partial_weights`` (MODEL.PARTIAL_WEIGHTS). Files are written under another name first and then renamed, so that
-    no half-written file is ever taken for a checkpoint.
+    ``partial_weights`` (MODEL.PARTIAL_WEIGHTS). Its files are written and found as `folder` says.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
         partial_weights: str = "auto",
         whole: bool = False,
         about: dict | None = None,
+        keep: int = 0,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
@@ -47,33 +50,54 @@ class ReportingCheckpointer(DetectionCheckpointer):
             whole: Whether "auto" accepts only files that fill the whole model, as an evaluation needs.
             about: `contents` of the configuration: goes into every file that is saved, and its classes are compared
                 with those of a file that has to fill the whole model.
+            keep: Number of periodic checkpoints to keep; 0: all.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._partial_weights = partial_weights
         self._whole = whole
         self._about = about or {}
+        self._keep = keep
         self._heuristic_names = False
         self._file = ""
         # The checkpoint from which --resume would go on with this run; "" as long as there is none.
         self.latest = ""
+        self.saved_at = time.monotonic()
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As inherited; a checkpoint to resume from must fill the whole model.
+        """Load the newest good checkpoint of the folder with all states, or else the weights in ``path`` alone.
+
+        A checkpoint to resume from must fill the whole model. Afterwards `latest` names it.
 
         Raises:
             UserError: The file does not exist, cannot be read or does not fit.
         """
-        if not (resume and self.has_checkpoint()):
+        if self.save_dir and self.save_to_disk:
+            remove_unfinished(self.save_dir)
+        found = self.get_checkpoint_file() if resume and comm.is_main_process() else ""
+        if comm.get_world_size() > 1:
+            found = comm.all_gather(found)[0]
+            if found and not os.path.isfile(found) and "://" not in found:
+                raise UserError(
+                    f"process {comm.get_rank()} cannot see {found}: OUTPUT_DIR must be a folder that all machines share"
+                )
+        if not found:
             if resume:
                 logger.warning("There is no checkpoint in %s to resume from: starting anew", self.save_dir)
-            return super().resume_or_load(path, resume=False)
+            return self.load(path, checkpointables=[])
         whole, self._whole = self._whole, True
         try:
-            rest = super().resume_or_load(path, resume=True)
-            self.latest = self.get_checkpoint_file()
+            rest = self.load(found)
+            self.latest = found
             return rest
         finally:
             self._whole = whole
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The newest good checkpoint in the folder, or ""."""
+        return super().get_checkpoint_file() if "://" in self.save_dir else newest_good(self.save_dir)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not path:
@@ -131,21 +155,32 @@ class ReportingCheckpointer(DetectionCheckpointer):
             raise UserError(f"{self._file}: {problem}. MODEL.PARTIAL_WEIGHTS allow loads what fits all the same")
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """Save the model, the states and ``kwargs`` as ``name``.pth, of which --resume goes on unless it is the best.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
         if self._about:
             kwargs[KEY] = self._about
-        # Ends in tag_last_checkpoint, which gives the file its name.
-        super().save(f"{name}{UNFINISHED}" if "://" not in self.save_dir else name, **kwargs)
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+            self.latest = super().get_checkpoint_file()
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        write_checkpoint({"model": self.model.state_dict(), **states, **kwargs}, path, self.latest)
+        logger.info("Saved %s", path)
+        self.tag_last_checkpoint(f"{name}.pth")
+        if name != BEST_MODEL:
+            self.latest, self.saved_at = path, time.monotonic()
+            prune(self.save_dir, self._keep, path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        final = last_filename_basename.replace(f"{UNFINISHED}.pth", ".pth")
-        if final != last_filename_basename:
-            os.replace(os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, final))
-            logger.info("Saved %s", os.path.join(self.save_dir, final))
-        # The best model is not the latest: --resume goes on from the latest.
-        if final == f"{BEST_MODEL}.pth":
-            return
-        self.latest = os.path.join(self.save_dir, final)
+        if last_filename_basename == f"{BEST_MODEL}.pth":
+            return  # the best is not the latest
         if "://" in self.save_dir:
-            super().tag_last_checkpoint(final)
-            return
-        write_atomically(os.path.join(self.save_dir, "last_checkpoint"), final)
+            super().tag_last_checkpoint(last_filename_basename)
+        else:
+            write_atomically(os.path.join(self.save_dir, LAST), last_filename_basename)

@@ -1,4 +1,4 @@
-"""Hooks of the trainer: validation loss, best checkpoint, an orderly stop."""
+"""Hooks of the trainer: validation loss, best checkpoint."""
 
 import contextlib
 import copy
@@ -6,11 +6,8 @@ import json
 import logging
 import math
 import os
-import random
-import signal
-from collections.abc import Callable, Iterator
+import time
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
@@ -27,6 +24,7 @@ from fpn_d2.errors import UserError
 from fpn_d2.files import write_atomically
 
 from .precision import autocast
+from .randomness import random_states_put_back, seed_all
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +84,12 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     sums: dict[str, float] = {}
     count = 0
     # Losses also write to the event storage; a scratch one takes that. Iteration 1 is no multiple of a VIS_PERIOD.
-    with _random_states_put_back(), torch.no_grad(), EventStorage(1):
+    with random_states_put_back(), torch.no_grad(), EventStorage(1):
         for name in cfg.DATASETS.TEST:
             loader = build_detection_test_loader(cfg, name, mapper=mapper)
             # The sampler gives the indices of this process's images in the data set; each batch is one image.
             for index, image in zip(loader.batch_sampler.sampler, loader, strict=True):
-                _seed(index)
+                seed_all(index)
                 with autocast(cfg):
                     losses = model(image)
                 for key, value in losses.items():
@@ -109,30 +107,28 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     return {"total_loss": sum(mean.values()), **mean}
 
 
-def _seed(seed: int) -> None:
-    """Seed every random number generator that training uses."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # those of all GPUs too
+class TimedCheckpoint(HookBase):
+    """Saves ``model_last.pth`` whenever no checkpoint has been saved for some minutes, so that a kill loses no more."""
 
+    def __init__(self, minutes: float, checkpointer: ReportingCheckpointer):
+        self._seconds = minutes * 60
+        self._checkpointer = checkpointer
 
-@contextlib.contextmanager
-def _random_states_put_back() -> Iterator[None]:
-    """At the end, put back the states of all that `_seed` seeds."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
+    def after_step(self) -> None:
+        if time.monotonic() - self._checkpointer.saved_at > self._seconds:
+            self._checkpointer.save("model_last", iteration=self.trainer.iter)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter and self._checkpointer.latest.endswith("model_final.pth"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self._checkpointer.save_dir, "model_last.pth"))
 
 
 class BestCheckpoint(HookBase):
     """Keeps the checkpoint with the highest value so far of a metric, as ``model_best.pth``.
 
-    Detectron2's own hook forgets the best value when a training is resumed. This one writes it to
-    ``model_best.json`` beside the checkpoint. It goes after the hook that evaluates.
+    Detectron2's own hook forgets the best value when a training is resumed. This one keeps it in every checkpoint, and
+    for people in ``model_best.json``. It goes after the hook that evaluates.
     """
 
     def __init__(self, metric: str, period: int, checkpointer: ReportingCheckpointer):
@@ -148,12 +144,12 @@ class BestCheckpoint(HookBase):
         self._record = os.path.join(checkpointer.save_dir, f"{BEST_MODEL}.json")
         self._best = -math.inf
 
-    def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and os.path.isfile(self._record):
-            with open(self._record) as f:
-                record = json.load(f)
-            if record["metric"] == self._metric:
-                self._best = record["value"]
+    def state_dict(self) -> dict:
+        return {"metric": self._metric, "value": self._best}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["metric"] == self._metric:
+            self._best = state["value"]
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -180,32 +176,3 @@ class BestCheckpoint(HookBase):
         self._checkpointer.save(BEST_MODEL, iteration=done - 1)
         write_atomically(self._record, json.dumps({"metric": self._metric, "value": value, "iterations": done}))
         logger.info("Best so far: %s %.2f after %d iterations, kept as %s.pth", self._metric, value, done, BEST_MODEL)
-
-
-class StopOnInterrupt(HookBase):
-    """On Ctrl-C, finishes the iteration, saves a checkpoint and stops; a second Ctrl-C stops at once."""
-
-    def __init__(self, checkpointer: ReportingCheckpointer):
-        self._checkpointer = checkpointer
-        self._asked = False
-        self._previous: Callable | int | None = None
-
-    def before_train(self) -> None:
-        with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        logger.info("Ctrl-C: stopping after this iteration (once more: at once)")
-
-    def after_step(self) -> None:
-        if self._asked:
-            iteration = self.trainer.iter
-            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-            raise KeyboardInterrupt
-
-    def after_train(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)

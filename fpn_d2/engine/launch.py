@@ -1,21 +1,24 @@
 """Starting the processes of a training, on GPUs or on CPUs."""
 
+import dataclasses
 import os
-import socket
+import signal
 import sys
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2 import engine
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from fpn_d2.errors import UserError
 
+from .processes import lost_connection, run_processes
+
 # The environment variable of PyTorch's that puts large tensors into huge pages.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 def launch(
@@ -27,51 +30,131 @@ def launch(
     args: tuple = (),
     device: str = "cuda",
 ) -> None:
-    """Run ``main_func(*args)`` in every process: Detectron2's `launch`, and the same on machines without a GPU.
+    """Run ``main_func(*args)`` in every process, as Detectron2's `launch` does, on GPUs or on CPUs.
 
-    Detectron2 v0.6 starts several processes on GPUs only. Where there is none, or where ``device`` is "cpu", this
-    function starts as many CPU processes as GPUs were asked for, joined by gloo. Their threads share the cores.
+    Where there is no GPU, or where ``device`` is "cpu", as many CPU processes are started as GPUs were asked for,
+    joined by gloo. Their threads share the cores. A program that torchrun has started is one of its processes, and
+    starts none.
 
     Args:
         main_func: What to run; importable by its name, since the processes are spawned.
-        num_gpus_per_machine, num_machines, machine_rank, dist_url, args: As in Detectron2's `launch`.
+        num_gpus_per_machine, num_machines, machine_rank, dist_url, args: As in Detectron2's `launch`. On one machine
+            the processes find each other without ``dist_url``.
         device: MODEL.DEVICE of the configuration.
 
     Raises:
-        UserError: As `check_address`.
-        SystemExit: A process has ended with an exit status of its own, which becomes that of the program.
+        UserError: As `check_address`, or there are fewer GPUs than processes.
+        SystemExit: A process has failed or was stopped, and has said so.
     """
-    check_address(num_machines, dist_url)
+    check_address(num_machines, dist_url, num_gpus_per_machine)
     ask_for_huge_pages()
-    world_size = num_machines * num_gpus_per_machine
     on_gpus = torch.cuda.is_available() and torch.device(device).type == "cuda"
-    try:
-        if world_size <= 1 or on_gpus:
-            engine.launch(main_func, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
-            return
-        if dist_url in (None, "auto"):
-            dist_url = f"tcp://127.0.0.1:{_free_port()}"
-        mp.start_processes(
-            _cpu_worker,
-            nprocs=num_gpus_per_machine,
-            args=(main_func, world_size, num_gpus_per_machine, machine_rank, dist_url, args),
-            start_method="spawn",
-        )
-    except KeyboardInterrupt:
-        sys.exit(130)  # the processes got the signal too, and the first of them says how to go on
-    except mp.ProcessExitedException as error:
-        # The process has said on stderr what was wrong; its status is ours.
-        sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
+    if under_torchrun():
+        environment = {name: int(os.environ[name]) for name in _TORCHRUN}
+        job = Job(environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"], environment["GROUP_RANK"], on_gpus)
+        _run_in_job(job, environment["LOCAL_RANK"], environment["RANK"], main_func, args)
+        return
+    if num_machines * num_gpus_per_machine <= 1:
+        try:
+            main_func(*args)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        return
+    job = Job(num_machines * num_gpus_per_machine, num_gpus_per_machine, machine_rank, on_gpus, dist_url)
+    job.check_gpus()
+    store = None
+    if num_machines == 1:
+        # This process is where the others meet: a port of the system's choice, which is never free and then taken.
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        job.address = f"127.0.0.1:{store.port}"
+    ranks = [machine_rank * num_gpus_per_machine + i for i in range(num_gpus_per_machine)]
+    run_processes(
+        _run_in_job,
+        [(job, local_rank, rank, main_func, args) for local_rank, rank in enumerate(ranks)],
+        [f"process {rank}" for rank in ranks],
+    )
+    del store  # not before the processes have ended
 
 
-def check_address(num_machines: int, dist_url: str | None) -> None:
-    """Check that several machines have been told where to meet.
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or what sets the same variables, has started."""
+    return all(name in os.environ for name in (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT"))
+
+
+def check_address(num_machines: int, dist_url: str | None, num_processes: int = 1) -> None:
+    """Check that several machines have been told where to meet, and that one way of starting processes was chosen.
 
     Raises:
-        UserError: ``dist_url`` is None or "auto", which is an address on one machine.
+        UserError: ``dist_url`` is None, "auto" or the default of Detectron2's parser, which are addresses on one
+            machine; or more than one process was asked for under torchrun.
     """
-    if num_machines > 1 and dist_url in (None, "auto"):
+    if under_torchrun():
+        if num_machines > 1 or num_processes > 1:
+            raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
+    elif num_machines > 1 and dist_url in (None, "auto", engine.default_argument_parser().get_default("dist_url")):
         raise UserError("with several machines, give the same --dist-url tcp://HOST:PORT to each of them")
+
+
+@dataclasses.dataclass
+class Job:
+    """How the processes of a training are spread over machines, and where they meet.
+
+    Attributes:
+        processes: Of all machines together.
+        local_processes: Of each machine.
+        machine: Number of this one.
+        on_gpus: Whether each process has a GPU; else all compute on CPUs.
+        url: Where they meet, as for `torch.distributed.init_process_group`.
+        address: On one machine instead: host and port of a store that is there already.
+    """
+
+    processes: int
+    local_processes: int
+    machine: int
+    on_gpus: bool
+    url: str | None = None
+    address: str = ""
+
+    def check_gpus(self) -> None:
+        """
+        Raises:
+            UserError: There are fewer GPUs than processes.
+        """
+        if self.on_gpus and self.local_processes > torch.cuda.device_count():
+            raise UserError(
+                f"{self.local_processes} processes were asked for on a machine with {torch.cuda.device_count()} GPUs: "
+                "start at most one for each"
+            )
+
+    def join(self, local_rank: int, rank: int) -> None:
+        """Join this process with the others."""
+        self.check_gpus()
+        if self.on_gpus:
+            torch.cuda.set_device(local_rank)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.local_processes))
+        where: dict = {"init_method": self.url or "env://"}
+        if self.address:
+            host, port = self.address.split(":")
+            where = {"store": dist.TCPStore(host, int(port), None, False)}
+        dist.init_process_group(
+            "nccl" if self.on_gpus else "gloo", **where, world_size=self.processes, rank=rank, timeout=DEFAULT_TIMEOUT
+        )
+        _create_local_group(self.processes, self.local_processes, self.machine)
+        comm.synchronize()
+
+
+def _run_in_job(job: Job, local_rank: int, rank: int, main_func: Callable, args: tuple) -> None:
+    try:
+        job.join(local_rank, rank)
+        main_func(*args)
+    except RuntimeError as error:
+        if not under_torchrun() or not lost_connection(error):
+            raise
+        sys.exit(f"error: process {rank} lost the connection to another process, which has ended")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def ask_for_huge_pages() -> None:
@@ -82,38 +165,6 @@ def ask_for_huge_pages() -> None:
     large tensor: who has set it is left alone, "0" switches it off.
     """
     os.environ.setdefault(HUGE_PAGES, "1")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _cpu_worker(
-    local_rank: int,
-    main_func: Callable,
-    world_size: int,
-    processes: int,
-    machine_rank: int,
-    dist_url: str,
-    args: tuple,
-) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    dist.init_process_group(
-        "gloo",
-        init_method=dist_url,
-        world_size=world_size,
-        rank=machine_rank * processes + local_rank,
-        timeout=DEFAULT_TIMEOUT,
-    )
-    try:
-        _create_local_group(world_size, processes, machine_rank)
-        comm.synchronize()
-        main_func(*args)
-    finally:
-        dist.destroy_process_group()
 
 
 def _create_local_group(world_size: int, processes: int, machine_rank: int) -> None:

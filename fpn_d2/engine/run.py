@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+from typing import NoReturn
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -20,6 +22,7 @@ from fpn_d2.evaluation.results import ap50, results_table
 from .checks import check_data_files, check_test_augmentation, check_weight_file
 from .precision import amp_dtype
 from .progress import set_up_logging
+from .signals import signals
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,14 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
     Returns:
         The results of the last evaluation; empty in all processes but the first.
     """
+    try:
+        with signals.installed():
+            return _run(args, cfg)
+    except KeyboardInterrupt as stop:
+        _stopped("", stop)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
     with user_mistakes_end_the_program():
         register_from_config(cfg)  # a spawned process starts without the user's data sets
         check_data_files(cfg, train=not args.eval_only)
@@ -88,16 +99,21 @@ def _evaluate(cfg: CfgNode, model: object) -> dict:
 def _train(trainer: Trainer) -> dict:
     try:
         return trainer.train()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         last = trainer.checkpointer.latest  # not one that an older run left in the same folder
-        if comm.is_main_process():
-            print(
-                f"Stopped. The last checkpoint is {last}; the same command with --resume goes on from it."
-                if last
-                else "Stopped before the first checkpoint was saved.",
-                file=sys.stderr,
-            )
-        sys.exit(130)
+        _stopped(
+            f"The last checkpoint is {last}; the same command with --resume goes on from it."
+            if last
+            else "No checkpoint was saved.",
+            stop,
+        )
+
+
+def _stopped(what: str, stop: BaseException) -> NoReturn:
+    """End the program after a signal, with one line from the first process, and the exit status that shells expect."""
+    if comm.is_main_process():
+        print(f"Stopped. {what}".strip(), file=sys.stderr, flush=True)
+    sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
 def _show(cfg: CfgNode, model: object, results: dict) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -23,12 +24,21 @@ from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import TrainingMapper
 from fpn_d2.evaluation.evaluators import build_evaluator
 
-from .hooks import BestCheckpoint, StopOnInterrupt, ValidationLoss
+from .hooks import BestCheckpoint, TimedCheckpoint, ValidationLoss
+from .loader import TrainingLoader
+from .model_numbers import ModelNumbers
 from .optimizer import build_optimizer
 from .precision import build_inner_trainer
 from .progress import ProgressBar, has_terminal
+from .randomness import ITERATION, seed_all, seed_of
+from .signals import Stopped, signals
 
 logger = logging.getLogger(__name__)
+
+# Hooks that do something after an iteration's checkpoint has been written, if it is due then.
+_AFTER_CHECKPOINT = (hooks.EvalHook, ValidationLoss, BestCheckpoint)
+# Those that a signal stops in the middle.
+_LONG = (hooks.EvalHook, ValidationLoss)
 
 
 class Trainer(DefaultTrainer):
@@ -46,6 +56,8 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        # Detectron2's numbers are drawn by now; all processes agree on this one.
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         data_loader = self.build_train_loader(cfg)
         model = _distributed(model)
         self._trainer = build_inner_trainer(cfg, model, data_loader, optimizer)
@@ -55,13 +67,18 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             partial_weights=cfg.MODEL.PARTIAL_WEIGHTS,
             about=about,
+            keep=cfg.SOLVER.CHECKPOINT_KEEP,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.results: dict = {}
+        self._numbers = ModelNumbers(model)
+        self._hooks_due = False  # whether what comes after a checkpoint, as an evaluation, is still to be done
         self.register_hooks(self.build_hooks())
+        for loader, _ in self._loaders():
+            loader.seed = self.seed
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """The inherited hooks, with ours before the writers so that what they measure is written."""
@@ -74,11 +91,19 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             if cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
                 ours.append(BestCheckpoint(cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD, self.checkpointer))
-            if comm.get_world_size() == 1:
-                ours.append(StopOnInterrupt(self.checkpointer))
             if has_terminal():
                 ours.append(ProgressBar())
-        return [h for h in inherited if h not in writers] + ours + writers
+        built = [h for h in inherited if h not in writers] + ours + writers
+        if comm.is_main_process() and cfg.SOLVER.CHECKPOINT_MINUTES > 0:
+            periodic = next(k for k, h in enumerate(built) if isinstance(h, hooks.PeriodicCheckpointer))
+            built.insert(periodic + 1, TimedCheckpoint(cfg.SOLVER.CHECKPOINT_MINUTES, self.checkpointer))
+        return built
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As inherited; with ``resume``, from the newest checkpoint that is not damaged."""
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.latest:
+            self.start_iter = self.iter + 1
 
     def train(self) -> dict:
         """Train, evaluate, and check TEST.EXPECTED_RESULTS as Detectron2 does.
@@ -87,14 +112,62 @@ class Trainer(DefaultTrainer):
             The results of the last evaluation: {task: {metric: value}}, below the name of the data set where there
             are several. Empty in all processes but the first.
         """
-        super().train()
+        with signals.installed(), signals.held_back():
+            super().train()
         self.results.update(getattr(self, "_last_eval_results", None) or {})
         return self.results
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self._hooks_due:  # it was stopped between a checkpoint and what comes after it, which is done now
+            self.iter = self.storage.iter = self.start_iter - 1
+            self._call("after_step", [hook for hook in self._hooks if isinstance(hook, _AFTER_CHECKPOINT)])
+            self.iter = self.storage.iter = self.start_iter
+
+    def before_step(self) -> None:
+        super().before_step()
+        self._hooks_due = True
+        seed_all(seed_of(ITERATION, self.seed, self.iter, comm.get_rank()))
+
+    def after_step(self) -> None:
+        try:
+            self._call("after_step", self._hooks)
+        except Stopped:
+            self._save()
+            raise
+        self._hooks_due = False
+        number = signals.agreed()
+        if number:
+            self._save()
+            comm.synchronize()  # a process that ended before the file is written could end the others
+            raise Stopped(number)
+
+    def after_train(self) -> None:
+        self.storage.iter = self.iter
+        failed = sys.exc_info()[0] is not None
+        self._call("after_train", [h for h in self._hooks if not (failed and isinstance(h, _AFTER_CHECKPOINT))])
+
+    def _call(self, method: str, of_hooks: list[hooks.HookBase]) -> None:
+        for hook in of_hooks:
+            with signals.held_back(not isinstance(hook, _LONG)):
+                getattr(hook, method)()
+
+    def _save(self) -> None:
+        if comm.is_main_process():
+            with signals.saving():
+                self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
     def state_dict(self) -> dict:
         state = super().state_dict()
         if "_trainer" not in state:  # v0.6 leaves the optimizer out of the checkpoint
             state["_trainer"] = self._trainer.state_dict()
+        state["seed"] = self.seed
+        state["processes"] = comm.get_world_size()
+        state["numbers"] = self._numbers.state_dict()
+        state["hooks_due"] = self._hooks_due
+        loader = self._trainer.data_loader
+        if isinstance(loader, TrainingLoader):
+            state["data"] = loader.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -105,6 +178,39 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("The checkpoint holds no optimizer state (Detectron2 v0.6 saves none): momentum starts at 0")
+        self._numbers.load_state_dict(state_dict.get("numbers", {}))
+        self._hooks_due = state_dict.get("hooks_due", False)
+        self._load_order(state_dict)
+
+    def _load_order(self, state: dict) -> None:
+        """Go on with the random numbers and the order of the images of a checkpoint."""
+        if self.cfg.SEED not in (-1, state.get("seed", self.cfg.SEED)):
+            logger.warning("SEED was %d and is %d: the order of the images is another", state["seed"], self.cfg.SEED)
+        elif "seed" in state:
+            self.seed = state["seed"]
+        if state.get("processes", comm.get_world_size()) != comm.get_world_size():
+            logger.warning(
+                "The training had %d processes and has %d: it goes on with the same images in the same order, but the "
+                "weights will not be the same to the last bit",
+                state["processes"], comm.get_world_size(),
+            )
+        done = self.iter + 1
+        for loader, batches in self._loaders(done):
+            loader.seed = self.seed
+            loader.skip(batches)
+        loader = self._trainer.data_loader
+        if not isinstance(loader, TrainingLoader):
+            logger.warning("The images start in a new order: only the loader of fpn_d2 can go on where it was")
+        elif "data" in state:
+            loader.load_state_dict(state["data"])
+
+    def _loaders(self, done: int = 0) -> list[tuple[TrainingLoader, int]]:
+        """The loaders of the training and of PreciseBN, each with its number of batches in so many iterations."""
+        loaders = [(self._trainer.data_loader, done)]
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN):
+                loaders.append((hook._data_loader, done // hook._period * hook._num_iter if hook._period else 0))
+        return [(loader, batches) for loader, batches in loaders if isinstance(loader, TrainingLoader)]
 
     def _test_with_augmentation(self) -> dict:
         results = self.test_with_TTA(self.cfg, self.model)
@@ -136,7 +242,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        return build_detection_train_loader(cfg, mapper=TrainingMapper(cfg, True))
+        mapper = TrainingMapper(cfg, True)
+        parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
+        if not isinstance(parts["dataset"], list):  # a user's own, without records that can be counted
+            return build_detection_train_loader(cfg, mapper=mapper)
+        return TrainingLoader(cfg, mapper, parts["dataset"], max(0, cfg.SEED))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:

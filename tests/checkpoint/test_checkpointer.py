@@ -106,7 +106,7 @@ def test_a_writing_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         checkpointer.save("model", iteration=2)
     assert (tmp_path / "model.pth").read_bytes() == before
     assert (tmp_path / "last_checkpoint").read_text() == "model.pth"

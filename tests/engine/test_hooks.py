@@ -1,8 +1,7 @@
-"""Validation loss, best checkpoint, stop on Ctrl-C."""
+"""Validation loss, best checkpoint."""
 
 import json
 import os
-import signal
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from fpn_d2.engine import Trainer, UserError
-from fpn_d2.engine.hooks import BestCheckpoint, StopOnInterrupt, ValidationLoss, validation_losses
+from fpn_d2.engine.hooks import BestCheckpoint, ValidationLoss, validation_losses
 
 from .small import TEST, TRAIN, small_config
 
@@ -194,36 +193,6 @@ def test_a_metric_that_is_not_measured_is_named_with_those_that_are(tmp_path, sc
     assert "bbox/AP5 was not measured" in caplog.text
     assert "there are: bbox/AP" in caplog.text
     assert not os.path.exists(trainer.checkpointer.save_dir + "/model_best.pth")
-
-
-class _Interrupt(HookBase):
-    def before_step(self):
-        if self.trainer.iter == 1:
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_ctrl_c_finishes_the_iteration_and_saves(tmp_path, scenes):
-    cfg = small_config(tmp_path, scenes, "SOLVER.MAX_ITER", 9, "TEST.BEST_METRIC", "")
-    before = signal.getsignal(signal.SIGINT)
-    trainer = Trainer(cfg)
-    trainer.register_hooks([_Interrupt()])
-    trainer.resume_or_load(resume=False)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert trainer.checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
-    assert torch.load(trainer.checkpointer.get_checkpoint_file())["iteration"] == 1
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    hook = StopOnInterrupt(None)
-    hook.before_train()
-    try:
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        hook.after_train()
 
 
 def test_the_trainer_evaluates_and_keeps_the_best_by_itself(tmp_path, scenes):

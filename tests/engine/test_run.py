@@ -43,11 +43,11 @@ def _stopped(folder, scenes, capsys, *, after=0, at_once=True, resume=False):
 
 
 def test_ctrl_c_names_the_checkpoint_of_this_run_only(tmp_path, scenes, capsys):
-    assert "Stopped before the first checkpoint was saved." in _stopped(tmp_path, scenes, capsys)
+    assert "Stopped. No checkpoint was saved." in _stopped(tmp_path, scenes, capsys)
     saved = f"The last checkpoint is {tmp_path}/out/model_0000001.pth; the same command with --resume"
     assert saved in _stopped(tmp_path, scenes, capsys, after=1, at_once=False)
     # A run that starts anew in the same folder does not go on from that one; a resumed run does.
-    assert "Stopped before the first checkpoint was saved." in _stopped(tmp_path, scenes, capsys)
+    assert "Stopped. No checkpoint was saved." in _stopped(tmp_path, scenes, capsys)
     assert saved in _stopped(tmp_path, scenes, capsys, after=2, resume=True)
 
 

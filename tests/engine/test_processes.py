@@ -1,0 +1,98 @@
+"""Several processes of one machine: what is shown when one fails, how all end, and signals."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from fpn_d2.engine import processes
+from fpn_d2.engine.processes import run_processes, say
+
+
+def _run(case, count=3):
+    """Run ``case`` in some processes, forked since starting Python takes long; the status of the end."""
+    names = [f"process {i}" for i in range(count)]
+    with pytest.raises(SystemExit) as end:
+        run_processes(case, [(i,) for i in range(count)], names, "fork")
+    return end.value.code
+
+
+def _listens_no_more(number=0):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def test_all_well_is_the_end(capfd):
+    run_processes(int, [(1,), (2,)], ["process 0", "process 1"], "fork")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_is_shown_once_with_its_process(capfd):
+    def case(number):
+        if number == 1:
+            raise RuntimeError("here")
+        time.sleep(0.5)
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+    assert _run(case) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error in process 1: Traceback")
+    assert said.count("Traceback") == said.count("RuntimeError: here") == 1
+    assert "Lost" not in said
+
+
+def test_a_killed_process_is_named_and_ends_even_those_that_do_not_listen(capfd, monkeypatch):
+    monkeypatch.setattr(processes, "_AFTER_FAILURE", 0.5)
+    assert _run(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == 2 else _listens_no_more()) == 1
+    assert capfd.readouterr().err == (
+        "error: process 2 was ended by SIGKILL, which the system sends when memory runs out; so all were ended\n"
+    )
+
+
+@pytest.mark.parametrize("who", [(0, 1, 2), (1,)])
+def test_a_mistake_of_the_user_is_said_once(capfd, who):
+    def case(number):
+        if number not in who:
+            time.sleep(60)
+        say("error: the user's mistake")
+        sys.exit(2)
+
+    assert _run(case) == 2
+    assert capfd.readouterr().err == "error: the user's mistake\n"
+
+
+def _tells(number):
+    def told(*_):
+        print(number, flush=True)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, told)
+    if number == 1:
+        time.sleep(0.5)
+        sys.exit(143)
+    time.sleep(60)
+
+
+def test_a_stop_of_one_becomes_a_stop_of_all_with_its_status(capfd):
+    assert _run(_tells) == 143
+    said = capfd.readouterr()
+    assert (sorted(said.out.split()), said.err) == (["0", "2"], "")
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_signal_is_handed_on(capfd, monkeypatch, listens):
+    monkeypatch.setattr(processes, "_AFTER_STOP", 0.5)
+
+    def case(number):
+        if not listens:
+            _listens_no_more()
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+        time.sleep(60)
+
+    ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT if listens else signal.SIGTERM))
+    ctrl_c.start()
+    assert _run(case) == (130 if listens else 143)
+    assert capfd.readouterr().err == ("" if listens else "Stopped. No checkpoint was saved.\n")
