@@ -13,7 +13,7 @@ from fvcore.transforms.transform import BlendTransform, Transform, TransformList
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from fpn_d2.fast.apply import is_fast
+from fpn_d2.fast.apply import numerics
 
 from .box_annotations import instances_of_boxes
 from .fast_transforms import FastAugInput, enlarges_to_the_bit
@@ -93,7 +93,7 @@ class TrainingMapper(DatasetMapper):
                 unknown.
         """
         arguments = super().from_config(cfg, is_train)
-        arguments["exact"] = not is_fast(cfg)
+        arguments["exact"] = numerics(cfg) == "exact"
         if is_train and cfg.INPUT.VERTICAL_FLIP:
             if cfg.MODEL.KEYPOINT_ON:
                 raise ValueError("INPUT.VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON; set one of them to False.")

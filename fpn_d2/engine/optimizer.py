@@ -8,6 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
+from fpn_d2.fast.apply import numerics
+
 OPTIMIZERS = ("SGD", "AdamW")
 
 
@@ -25,7 +27,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if name not in OPTIMIZERS:
         raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if name == "SGD" and not (on_cpu and cfg.MODEL.NUMERICS == "fast"):
+    if name == "SGD" and not (on_cpu and numerics(cfg) == "fast"):
         return solver.build_optimizer(cfg, model)
     groups = get_default_optimizer_params(
         model,

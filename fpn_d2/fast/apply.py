@@ -1,16 +1,36 @@
-"""The one switch between Detectron2's bits and speed: ``MODEL.NUMERICS``."""
+"""The one table of what is made faster, and the one function that applies it; the only reader of ``MODEL.NUMERICS``."""
 
-import torch
+import functools
+
 from detectron2.config import CfgNode
 from torch import nn
 
-from .convolution import use_fast_convolutions
-from .linear import use_onednn
+from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastStem
+from .convolution import FastConvolution, FastTorchConvolution
+from .guard import Fast, mixed
+from .linear import FastBoxHead
+from .poolers import FastLevelPooler, FastROIPooler
+from .proposals import FastRPN
 
 NUMERICS = ("fast", "exact")
 
+# A plain class by name, whether it comes from below or from above this room, and what is mixed in before it. It serves
+# for classes made from the plain one, too, if they override none of what it replaces.
+TABLE: dict[str, type[Fast]] = {
+    "detectron2.layers.wrappers.Conv2d": FastConvolution,
+    "torch.nn.modules.conv.Conv2d": FastTorchConvolution,
+    "detectron2.modeling.backbone.resnet.BasicStem": FastStem,
+    "detectron2.modeling.backbone.resnet.BasicBlock": FastBasicBlock,
+    "detectron2.modeling.backbone.resnet.BottleneckBlock": FastBottleneckBlock,
+    "detectron2.modeling.proposal_generator.rpn.RPN": FastRPN,
+    "detectron2.modeling.roi_heads.box_head.FastRCNNConvFCHead": FastBoxHead,
+    "detectron2.modeling.roi_heads.keypoint_head.KRCNNConvDeconvUpsampleHead": FastKeypointHead,
+    "detectron2.modeling.poolers.ROIPooler": FastROIPooler,
+    "fpn_d2.modeling.poolers.PyramidROIPooler": FastLevelPooler,
+}
 
-def is_fast(cfg: CfgNode) -> bool:
+
+def numerics(cfg: CfgNode) -> str:
     """Read ``cfg.MODEL.NUMERICS``.
 
     Raises:
@@ -18,34 +38,53 @@ def is_fast(cfg: CfgNode) -> bool:
     """
     if cfg.MODEL.NUMERICS not in NUMERICS:
         raise ValueError(f"MODEL.NUMERICS is {cfg.MODEL.NUMERICS!r}; expected one of {', '.join(NUMERICS)}")
-    return cfg.MODEL.NUMERICS == "fast"
+    return cfg.MODEL.NUMERICS
 
 
-def speed_up(module: nn.Module, device: str = "cpu") -> nn.Module:
-    """Replace, in place, operations of ``module`` by faster ones that differ by float rounding, in training too.
+def speed_up(module: nn.Module, numerics: str) -> nn.Module:
+    """What every registered builder ends with: :func:`make_fast` if ``numerics`` is "fast"; nothing if "exact".
 
-    Frozen normalisations are folded into convolutions, fully connected layers run through oneDNN and, on a CPU,
-    maps are channels-last and 3x3 convolutions take fewer products. Parameters keep their names, values and gradients.
+    Raises:
+        ValueError: it is neither.
+    """
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics is {numerics!r}; expected one of {', '.join(NUMERICS)}")
+    return make_fast(module) if numerics == "fast" else module
 
-    Args:
-        module: a backbone or a head.
-        device: where it will run.
+
+def make_fast(module: nn.Module) -> nn.Module:
+    """Let ``module`` and all in it compute faster, in place, in training too; results differ by float rounding.
+
+    Each module stays the object that it is, with its parameters, hooks and names; only its class changes. No weights
+    are kept in a second form: whoever writes to them, in whatever way, is heard at once.
 
     Returns:
         ``module``.
     """
-    use_fast_convolutions(module)
-    use_onednn(module)
-    if torch.device(device).type == "cpu":
-        lay_channels_last(module)
+    for child in module.modules():
+        kind = fast_class(type(child))
+        if kind is not None:
+            child.__class__ = kind
     return module
 
 
-def lay_channels_last(module: nn.Module) -> nn.Module:
-    """Make the weights of ``module`` channels-last, in place, so that the maps become so too.
-
-    Not where there is a group norm: PyTorch's backward of it is many times slower on channels-last maps.
-    """
-    if not any(isinstance(child, nn.GroupNorm) for child in module.modules()):
-        module.to(memory_format=torch.channels_last)
+def make_plain(module: nn.Module) -> nn.Module:
+    """Undo :func:`make_fast`, in place."""
+    for child in module.modules():
+        if isinstance(child, Fast):
+            child.__class__ = type(child).plain
     return module
+
+
+@functools.cache
+def fast_class(kind: type) -> type | None:
+    """The class that a module of class ``kind`` becomes; None where there is none, or it is one already."""
+    if issubclass(kind, Fast):
+        return None
+    for base in kind.__mro__:
+        mixin = TABLE.get(f"{base.__module__}.{base.__qualname__}")
+        if mixin is not None:
+            if any(getattr(kind, name) is not getattr(base, name) for name in mixin.REPLACES):
+                return None
+            return mixed(mixin, kind)
+    return None

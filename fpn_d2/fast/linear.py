@@ -1,23 +1,42 @@
-"""Fully connected layers through oneDNN, which PyTorch uses for convolutions but not for float32 matrices on CPUs."""
+"""Fully connected layers through oneDNN, which PyTorch uses for convolutions but not for float32 matrices on CPUs.
+
+The layers stay PyTorch's own ``Linear``, so that whoever looks for them finds them: the box head that owns them
+computes them, unless one has hooks or is another module by now.
+"""
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from .guard import Fast, are_plain, autocast_dtype, is_itself, need_not_be_called
 
 
-class OneDNNLinear(nn.Linear):
-    """``nn.Linear`` whose products run through oneDNN on a CPU; elsewhere, and where torch has none, it is ``Linear``.
+class FastBoxHead(Fast):
+    """Detectron2's ``FastRCNNConvFCHead``: convolutions, then fully connected layers."""
 
-    PyTorch's own library for float32 products, MKL, is the slower one on AMD processors. The sums are added in another
-    order: the result differs by float rounding.
-    """
+    REPLACES = ("forward",)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C')."""
-        if not _available(x, self.weight):
+        """(M, C, h, w) -> (M, D), or (M, C', h, w) without fully connected layers."""
+        if not is_itself(self):
             return super().forward(x)
+        for layer in self:
+            x = linear(layer, x)
+        return x
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, within float rounding: by oneDNN where ``layer`` is a plain ``nn.Linear`` and that can be.
+
+    PyTorch's own library for float32 products, MKL, is the slower one on AMD processors.
+
+    Args:
+        layer: of any kind.
+        x: for a fully connected one (..., C).
+    """
+    if type(layer) is nn.Linear and need_not_be_called(layer, nn.Linear) and _available(x, layer.weight, layer.bias):
         # Unflattened out here: autograd does not let a view that is made inside be changed in place.
-        return _Linear.apply(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        return _Linear.apply(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
+    return layer(x)
 
 
 class _Linear(torch.autograd.Function):
@@ -27,56 +46,30 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        return (
-            _product(grad, weight.t().contiguous()) if wants_x else None,
-            _product(grad.t().contiguous(), x.t().contiguous()) if wants_weight else None,
-            grad.sum(0) if wants_bias else None,
-        )
+        if torch.is_grad_enabled():  # for a second derivative
+            of_x, of_weight = (grad @ weight if wants_x else None), (grad.t() @ x if wants_weight else None)
+        else:
+            grad = grad.contiguous()
+            of_x = _product(grad, weight.t().contiguous()) if wants_x else None
+            of_weight = _product(grad.t().contiguous(), x.t().contiguous()) if wants_weight else None
+        return of_x, of_weight, grad.sum(0) if wants_bias else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _available(x: Tensor, weight: Tensor) -> bool:
+def _available(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu"
+        are_plain(x, weight, bias)
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and x.dim() > 1
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not _autocasts()
-        and not torch.jit.is_tracing()
-        and not _compiles()
+        and autocast_dtype("cpu") is None
     )
-
-
-def _autocasts() -> bool:
-    try:
-        return torch.is_autocast_enabled("cpu")
-    except TypeError:  # before torch 2.4
-        return torch.is_autocast_cpu_enabled()
-
-
-def _compiles() -> bool:
-    is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # before torch 2.1: never
-    return is_compiling is not None and is_compiling()
-
-
-def use_onednn(module: nn.Module) -> nn.Module:
-    """Replace, in place, each fully connected layer in ``module``; parameters and their names stay the same."""
-    for name, child in list(module.named_children()):
-        if type(child) is nn.Linear:
-            linear = OneDNNLinear.__new__(OneDNNLinear)
-            linear.__dict__ = child.__dict__
-            setattr(module, name, linear)
-        else:
-            use_onednn(child)
-    return module

@@ -1,14 +1,63 @@
-"""Selection of proposals that decodes only the anchors that it keeps.
+"""Selection of proposals that decodes only the anchors that it keeps, and suppresses in compiled code, on a CPU.
 
 Shape legend: N images, L levels, A_l anchors on level l, k of them kept per level.
 """
 
 import torch
-from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.proposal_generator import rpn as detectron2_rpn
+from detectron2.modeling.proposal_generator.rpn import RPN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from .selection import clip_boxes, find, nms_by_class
+from .guard import Fast, are_plain, inherits, is_itself, is_original
+from .nms import batched_nms
+
+_SELECT = detectron2_rpn.find_top_rpn_proposals
+
+
+class FastRPN(Fast):
+    """Detectron2's ``RPN``."""
+
+    REPLACES = ("predict_proposals",)
+
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """Return the proposals of each image, best first: Detectron2's, decoded after they are picked.
+
+        Args:
+            anchors: of each of the L levels, R_l boxes.
+            pred_objectness_logits: of each level, (N, R_l).
+            pred_anchor_deltas: of each level, (N, R_l, 4).
+            image_sizes: (height, width) of each of the N images.
+        """
+        arguments = (anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
+        understood = (
+            is_itself(self)
+            and are_plain(*pred_objectness_logits, *pred_anchor_deltas)
+            and type(self.box2box_transform) is Box2BoxTransform
+            and is_original(Box2BoxTransform, "apply_deltas")
+            and inherits(self, RPN, "_decode_proposals")
+            and is_original(RPN, "_decode_proposals")
+            and detectron2_rpn.find_top_rpn_proposals is _SELECT
+        )
+        if not understood:
+            return super().predict_proposals(*arguments)
+        with torch.no_grad():
+            return select_proposals(
+                *arguments,
+                box2box_transform=self.box2box_transform,
+                nms_thresh=self.nms_thresh,
+                pre_nms_topk=self.pre_nms_topk[self.training],
+                post_nms_topk=self.post_nms_topk[self.training],
+                min_box_size=self.min_box_size,
+                training=self.training,
+            )
 
 
 def select_proposals(
@@ -17,13 +66,12 @@ def select_proposals(
     deltas: list[Tensor],
     image_sizes: list[tuple[int, int]],
     *,
-    box2box_transform,
+    box2box_transform: Box2BoxTransform,
     nms_thresh: float,
     pre_nms_topk: int,
     post_nms_topk: int,
     min_box_size: float,
     training: bool,
-    exact: bool = False,
 ) -> list[Instances]:
     """Return what Detectron2's RPN returns, after decoding k boxes per level in place of all of them.
 
@@ -35,13 +83,11 @@ def select_proposals(
         deltas: of each level, (N, A_l, 4) for ``box2box_transform``.
         image_sizes: (height, width) of each image.
         box2box_transform: decodes deltas.
-        nms_thresh: as in :func:`find_top_rpn_proposals`; so are the other four.
+        nms_thresh: as in Detectron2's ``find_top_rpn_proposals``; so are the other four.
         pre_nms_topk: k.
         post_nms_topk: see there.
         min_box_size: see there.
         training: see there.
-        exact: filter and suppress by :func:`find_top_rpn_proposals` itself, which makes the host wait for a GPU up to
-            seven times an image; otherwise by :func:`_filter_and_suppress`, once a batch and once an image.
 
     Raises:
         FloatingPointError: in training, a box or score is not finite.
@@ -54,46 +100,21 @@ def select_proposals(
         decoded = box2box_transform.apply_deltas(picked.flatten(0, 1), cells.flatten(0, 1))
         boxes.append(decoded.view(cells.shape))
         scores.append(top)
-    if exact:
-        return find_top_rpn_proposals(
-            boxes, scores, image_sizes, nms_thresh, pre_nms_topk, post_nms_topk, min_box_size, training
-        )
-    return _filter_and_suppress(boxes, scores, image_sizes, nms_thresh, post_nms_topk, min_box_size, training)
-
-
-def _filter_and_suppress(
-    boxes: list[Tensor],
-    scores: list[Tensor],
-    image_sizes: list[tuple[int, int]],
-    nms_thresh: float,
-    post_nms_topk: int,
-    min_box_size: float,
-    training: bool,
-) -> list[Instances]:
-    """Clip boxes, drop those that are too small or not finite, and suppress, each level by itself.
-
-    Args:
-        boxes: of each level (N, k, 4), best first.
-        scores: of each level (N, k).
-        image_sizes, nms_thresh, post_nms_topk, min_box_size, training: see :func:`select_proposals`.
-    """
-    levels = torch.cat([torch.full(s.shape[1:], i, dtype=torch.int64, device=s.device) for i, s in enumerate(scores)])
-    all_boxes, all_scores = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-    finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
-    clipped = [Boxes(clip_boxes(image, size)) for image, size in zip(all_boxes, image_sizes, strict=True)]
-    usable = [image.nonempty(min_box_size) & mask for image, mask in zip(clipped, finite, strict=True)]
-    found, (num_infinite,) = find(usable, [(~finite).sum()])
-    if training and num_infinite:
-        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
-    results = []
-    for image_boxes, image_scores, image_size, rows in zip(clipped, all_scores, image_sizes, found, strict=True):
-        if len(rows) == len(levels):
-            candidates, best, groups = image_boxes.tensor, image_scores, levels
-        else:
-            candidates, best, groups = image_boxes.tensor[rows], image_scores[rows], levels[rows]
-        keep = nms_by_class(candidates, best, groups, nms_thresh, most=post_nms_topk)
+    levels = torch.cat([torch.full(s.shape[1:], i, dtype=torch.int64) for i, s in enumerate(scores)])
+    all_boxes, all_scores, results = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), []
+    for image_boxes, image_scores, image_size in zip(all_boxes, all_scores, image_sizes, strict=True):
+        rows = torch.isfinite(image_boxes).all(dim=1) & torch.isfinite(image_scores)
+        if training and not rows.all():
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        candidates = Boxes(image_boxes[rows])
+        candidates.clip(image_size)
+        rows, large = rows.nonzero()[:, 0], candidates.nonempty(threshold=min_box_size)
+        if not large.all():
+            candidates, rows = candidates[large], rows[large]
+        best = image_scores[rows]
+        keep = batched_nms(candidates.tensor.float(), best, levels[rows], nms_thresh, post_nms_topk)
         result = Instances(image_size)
-        result.proposal_boxes = Boxes(candidates[keep])
+        result.proposal_boxes = candidates[keep]
         result.objectness_logits = best[keep]
         results.append(result)
     return results
@@ -110,9 +131,8 @@ def top_scores(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Values and indices, each (N, min(k, A)).
     """
     k = min(k, logits.shape[1])
-    if k == logits.shape[1] or logits.device.type != "cpu":
-        # Elsewhere than on a CPU a threshold would have to travel to the host; ties are then in any order.
-        return logits.sort(dim=1, descending=True, stable=True) if k == logits.shape[1] else logits.topk(k, dim=1)
+    if k == logits.shape[1]:
+        return logits.sort(dim=1, descending=True, stable=True)
     values, indices = [], []
     for row in logits:
         lowest = row.topk(k).values[-1]

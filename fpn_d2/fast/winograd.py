@@ -6,10 +6,10 @@ networks", CVPR 2016: F(4x4, 3x3) takes 36 products for each 4 x 4 outputs where
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fpn_d2.native.build import FOLDER, Source, load
 
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> bool:
     """Whether a 3x3 convolution with stride 1 and padding 1 can run here, and is faster than PyTorch's.
 
     It can on a CPU, on channels-last maps of float32 or bfloat16 with channels that are multiples of 16, where there is
@@ -65,6 +65,7 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x: (N, C, H, W).
         weight: (C', C, 3, 3).
         bias: (C',) or None.
+        packed: whether the weights need not be transformed in the call.
     """
     if not cpu_maps.is_plain(x, weight, bias):
         return False
@@ -72,7 +73,7 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     autocast = cpu_maps.autocast_dtype("cpu")
     tiles = x.shape[0] * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4)
     return (
-        tiles >= (_MIN_TILES if torch.is_grad_enabled() else _MIN_TILES_PACKED)
+        tiles >= (_MIN_TILES_PACKED if packed else _MIN_TILES)
         and x.shape[1] == weight.shape[1]
         and weight.shape[0] % _LANES == weight.shape[1] % _LANES == 0
         and all(tensor.dtype in DTYPES for tensor in tensors)
@@ -144,9 +145,11 @@ class _Convolution(torch.autograd.Function):
         return _convolve(x, weight.shape[0], bias, scaled(weight, scale))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            geometry = ((1, 1), (1, 1), (1, 1), 1)
+            return (*gradients(gradient, x, weight, scale, geometry, ctx.needs_input_grad[:3]), None)
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         gradient = gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)
         of_x = of_weight = of_bias = None
@@ -159,6 +162,27 @@ class _Convolution(torch.autograd.Function):
             cells = gradient.permute(0, 2, 3, 1).flatten(0, 2).split(4096)
             of_bias = sum(part.sum(0, dtype=torch.float32) for part in cells).to(ctx.bias_dtype)
         return of_x, of_weight, of_bias, None
+
+
+def gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, geometry: tuple, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias of a convolution, in operations of PyTorch's, which autograd can follow.
+
+    Args:
+        gradient: of the output.
+        x, weight, scale: see :func:`conv3x3`.
+        geometry: stride, padding, dilation and groups.
+        wanted: which of the three; the others are None.
+    """
+    stride, padding, dilation, groups = geometry
+    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        *(gradient, x, scaled(weight, scale).to(x.dtype), [len(weight)], stride, padding, dilation, False, [0, 0]),
+        *(groups, wanted),
+    )
+    if of_weight is not None:
+        of_weight = scaled(of_weight.to(weight.dtype), scale)
+    return of_x, of_weight, of_bias
 
 
 def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:

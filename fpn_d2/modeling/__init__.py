@@ -1,6 +1,5 @@
 """The three stops that we own: backbone (bottom-up and neck), level assignment, pooling. Importing registers them."""
 
-from fpn_d2.fast.box_predictor import FPNBoxPredictor
 
 from .anchors import TorchvisionAnchorGenerator
 from .backbone import build_fpn_backbone
@@ -24,7 +23,6 @@ __all__ = [
     "BiFPN",
     "CanonicalLevelAssigner",
     "CombiningROIPooler",
-    "FPNBoxPredictor",
     "FPNCascadeROIHeads",
     "FPNROIHeads",
     "FPNRetinaNet",

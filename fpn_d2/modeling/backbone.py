@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 
-from fpn_d2.fast.apply import is_fast, speed_up
+from fpn_d2.fast.apply import numerics, speed_up
 
 from .bottom_up.checkpointing import checkpoint_stages
 from .bottom_up.names import find_bottom_up
@@ -39,8 +39,7 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Neck:
     if cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING and not isinstance(bottom_up, TimmBackbone | ViTBackbone):
         checkpoint_stages(bottom_up)  # those of timm do it themselves
     _warn_of_unused(cfg, bottom_up)
-    backbone = build_neck(cfg, bottom_up)
-    return speed_up(backbone, cfg.MODEL.DEVICE) if is_fast(cfg) else backbone
+    return speed_up(build_neck(cfg, bottom_up), numerics(cfg))
 
 
 def _warn_of_unused(cfg: CfgNode, bottom_up: Backbone) -> None:

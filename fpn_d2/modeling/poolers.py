@@ -16,10 +16,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from fpn_d2.fast.apply import is_fast
-from fpn_d2.fast.roi_align import pyramid_roi_align
 
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
@@ -28,8 +24,7 @@ from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_f
 class PyramidROIPooler(ROIPooler):
     """Detectron2's ``ROIPooler`` with an assigner of its own choice, any subset of levels and any output size.
 
-    With the default assigner the result equals Detectron2's wherever Detectron2's is defined: within float32 rounding,
-    or bit for bit if ``exact``.
+    With the default assigner the result equals Detectron2's, to the bit, wherever Detectron2's is defined.
     """
 
     def __init__(
@@ -39,7 +34,6 @@ class PyramidROIPooler(ROIPooler):
         sampling_ratio: int,
         pooler_type: str,
         assigner: Callable[[Sequence[int]], Callable[[list[Boxes]], Tensor]] = CanonicalLevelAssigner,
-        exact: bool = False,
     ):
         """Build one RoI pooling operation per level.
 
@@ -49,8 +43,6 @@ class PyramidROIPooler(ROIPooler):
             sampling_ratio: samples per cell and axis of RoIAlign; 0: as many as the RoI has map cells.
             pooler_type: "ROIAlignV2", "ROIAlign", "ROIPool" or "ROIAlignRotated", as in Detectron2.
             assigner: called with the absolute levels, returns what maps the boxes of a batch to level indices.
-            exact: pool by Detectron2's own operations, to the bit; otherwise RoIAlign is that of
-                :func:`fpn_d2.fast.roi_align.pyramid_roi_align`, which is faster and differs by float32 rounding.
 
         Raises:
             ValueError: an output size is not positive, a stride is not a power of 2, or they do not ascend.
@@ -69,7 +61,6 @@ class PyramidROIPooler(ROIPooler):
         self.levels = tuple(int(level) for level in levels)
         self.max_level = self.levels[-1]
         self.assigner = assigner(self.levels)
-        self.exact = exact or pooler_type not in ("ROIAlign", "ROIAlignV2")
 
     def forward(self, x: Sequence[Tensor], box_lists: Sequence[Boxes]) -> Tensor:
         """Pool every RoI from its level.
@@ -83,9 +74,7 @@ class PyramidROIPooler(ROIPooler):
             (M, out_channels, h, w) in the order of the boxes; out_channels is C, or what the extractor makes of it.
 
         Raises:
-            ValueError: the number of maps or of images does not fit, or a box has a NaN or infinite coordinate. Unless
-                ``exact``, coordinates are looked at on a CPU only: a GPU would have to be waited for. There such a box
-                pools NaN.
+            ValueError: the number of maps or of images does not fit, or a box has a NaN or infinite coordinate.
         """
         if len(x) != len(self.levels):
             raise ValueError(f"got {len(x)} maps to pool from; this pooler was built for levels {self.levels}")
@@ -93,37 +82,38 @@ class PyramidROIPooler(ROIPooler):
             raise ValueError(f"got boxes of {len(box_lists)} images and maps of {x[0].shape[0]} images")
         if len(box_lists) == 0:
             return x[0].new_zeros((0, self._out_channels(x[0].shape[1]), *self.output_size))
-        if self.exact or x[0].device.type == "cpu":
-            check_finite(box_lists)
-        return self._extract(x, box_lists, _with_image_indices(box_lists))
+        check_finite(box_lists)
+        return self._extract(x, box_lists, convert_boxes_to_pooler_format(list(box_lists)))
 
     def _out_channels(self, channels: int) -> int:
         return channels
 
     def _extract(self, x: Sequence[Tensor], box_lists: Sequence[Boxes], rois: Tensor) -> Tensor:
         """Pool ``rois``, the boxes with the index of their image in front."""
-        level_indices = self.assigner(box_lists)
-        if not self.exact:
-            return self._pool_fast(x, rois, level_indices, self.level_poolers)
-        if len(self.levels) == 1:
-            return pool_level(self.level_poolers[0], x[0], rois)
-        pooled = x[0].new_zeros((rois.shape[0], x[0].shape[1], *self.output_size))
-        for level_index, pooler in enumerate(self.level_poolers):
+        return self.pool_levels(x, rois, self.assigner(box_lists), self.level_poolers)
+
+    def pool_levels(
+        self, maps: Sequence[Tensor], rois: Tensor, level_indices: Tensor, poolers: Sequence[nn.Module]
+    ) -> Tensor:
+        """Pool each RoI from the map of its level, by Detectron2's operation for that level.
+
+        Args:
+            maps: L tensors (N, C, H_l, W_l).
+            rois: (M, 5) image index, x0, y0, x1, y1.
+            level_indices: (M,) int64, which of ``maps`` each RoI is pooled from.
+            poolers: the operation of each map.
+
+        Returns:
+            (M, C, h, w).
+        """
+        if len(maps) == 1:
+            return pool_level(poolers[0], maps[0], rois)
+        pooled = maps[0].new_zeros((rois.shape[0], maps[0].shape[1], *self.output_size))
+        for level_index, (level_map, pooler) in enumerate(zip(maps, poolers, strict=True)):
             rows = torch.nonzero(level_indices == level_index, as_tuple=True)[0]
             # index_put_ traces and differentiates; indexed assignment does not trace (pytorch issue 49852).
-            pooled.index_put_((rows,), pool_level(pooler, x[level_index], rois[rows]))
+            pooled.index_put_((rows,), pool_level(pooler, level_map, rois[rows]))
         return pooled
-
-    def _pool_fast(self, x: Sequence[Tensor], rois: Tensor, level_indices: Tensor, poolers: Sequence) -> Tensor:
-        return pyramid_roi_align(
-            list(x),
-            rois,
-            level_indices,
-            [pooler.spatial_scale for pooler in poolers],
-            self.output_size,
-            poolers[0].sampling_ratio,
-            poolers[0].aligned,
-        )
 
 
 class CombiningROIPooler(PyramidROIPooler):
@@ -136,18 +126,17 @@ class CombiningROIPooler(PyramidROIPooler):
         sampling_ratio: int,
         pooler_type: str,
         extractor: Callable[[Sequence[int]], ROIExtractor],
-        exact: bool = False,
     ):
         """Build one RoI pooling operation per level, and the extractor.
 
         Args:
-            output_size, scales, sampling_ratio, pooler_type, exact: see :class:`PyramidROIPooler`.
+            output_size, scales, sampling_ratio, pooler_type: see :class:`PyramidROIPooler`.
             extractor: called with the absolute levels, returns an extractor.
 
         Raises:
             ValueError: see :class:`PyramidROIPooler`.
         """
-        super().__init__(output_size, scales, sampling_ratio, pooler_type, assigner=lambda levels: None, exact=exact)
+        super().__init__(output_size, scales, sampling_ratio, pooler_type, assigner=lambda levels: None)
         self.extractor = extractor(self.levels)
 
     def _out_channels(self, channels: int) -> int:
@@ -156,19 +145,10 @@ class CombiningROIPooler(PyramidROIPooler):
     def _extract(self, x: Sequence[Tensor], box_lists: Sequence[Boxes], rois: Tensor) -> Tensor:
         def pool(level_index: int, rows: Tensor | None = None) -> Tensor:
             some = rois if rows is None else rois[rows]
-            if not self.exact:
-                first = torch.zeros_like(some[:, 0], dtype=torch.int64)
-                return self._pool_fast([x[level_index]], some, first, [self.level_poolers[level_index]])
-            return pool_level(self.level_poolers[level_index], x[level_index], some)
+            first = torch.zeros_like(some[:, 0], dtype=torch.int64)
+            return self.pool_levels([x[level_index]], some, first, [self.level_poolers[level_index]])
 
         return self.extractor(pool, box_lists)
-
-
-def _with_image_indices(box_lists: Sequence[Boxes]) -> Tensor:
-    """(M, 5): the index of the image, then the box; Detectron2's function makes the host wait for a GPU."""
-    if torch.jit.is_tracing():  # the number of boxes has to stay open
-        return convert_boxes_to_pooler_format(list(box_lists))
-    return torch.cat([F.pad(boxes.tensor, (1, 0), value=float(i)) for i, boxes in enumerate(box_lists)])
 
 
 def pool_level(pooler: nn.Module, level_map: Tensor, rois: Tensor) -> Tensor:
@@ -212,7 +192,6 @@ def build_pooler(
         "scales": [1.0 / input_shape[name].stride for name in names],
         "sampling_ratio": sampling_ratio,
         "pooler_type": pooler_type,
-        "exact": not is_fast(cfg),
     }
     if combines_levels(assign.NAME):
         return CombiningROIPooler(

@@ -6,19 +6,18 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Instances
 from torch import nn
 
-from fpn_d2.fast.apply import is_fast, speed_up
+from fpn_d2.fast.apply import numerics, speed_up
 
 
 @META_ARCH_REGISTRY.register()
 class FPNRetinaNet(RetinaNet):
-    """Detectron2's ``RetinaNet`` whose head takes faster operations too, unless ``MODEL.NUMERICS`` is exact."""
+    """Detectron2's ``RetinaNet`` whose head takes faster operations too, where they are asked for."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """Read what ``RetinaNet`` reads, and ``cfg.MODEL.NUMERICS``."""
+        """Read what ``RetinaNet`` reads."""
         args = super().from_config(cfg)
-        if is_fast(cfg):
-            speed_up(args["head"], cfg.MODEL.DEVICE)
+        speed_up(args["head"], numerics(cfg))
         return args
 
 
@@ -42,8 +41,7 @@ class TorchvisionRetinaNet(FPNRetinaNet):
         shapes = args["backbone"].output_shape()
         head_args = RetinaNetHead.from_config(plain, [shapes[name] for name in args["head_in_features"]])
         args["head"] = RetinaNetHead(**head_args | {"norm": _group_norm})
-        if is_fast(cfg):
-            speed_up(args["head"], cfg.MODEL.DEVICE)
+        speed_up(args["head"], numerics(cfg))
         return args
 
     def _decode_per_level_predictions(self, *args, **kwargs) -> Instances:

@@ -1,4 +1,4 @@
-"""Detectron2's RoI heads with our poolers and, unless MODEL.NUMERICS is exact, fewer waits for a GPU."""
+"""Detectron2's RoI heads with our poolers."""
 
 import math
 
@@ -10,13 +10,9 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
     build_box_head,
 )
-from detectron2.structures import Instances
 from torch import nn
 
-from fpn_d2.fast.apply import is_fast, speed_up
-from fpn_d2.fast.box_predictor import FPNBoxPredictor
-from fpn_d2.fast.linear import use_onednn
-from fpn_d2.fast.sampling import sample_proposals
+from fpn_d2.fast.apply import numerics, speed_up
 
 from .poolers import build_pooler, extracted_channels
 
@@ -25,22 +21,15 @@ class _PyramidPoolers:
     """Puts our poolers where Detectron2's ``from_config`` put its own, and builds the heads for what they give."""
 
     @configurable
-    def __init__(self, *, exact: bool = False, **kwargs):
-        """Keep how proposals are sampled.
+    def __init__(self, *, numerics: str = "fast", **kwargs):
+        """Build the heads.
 
         Args:
-            exact: sample them by Detectron2's own code, image by image; otherwise all images together, which gives the
-                same and waits for a GPU less often.
+            numerics: "fast", or "exact" for Detectron2's own operations; see :func:`fpn_d2.fast.apply.speed_up`.
             kwargs: the arguments of Detectron2's heads.
         """
         super().__init__(**kwargs)
-        self.exact = exact
-
-    def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
-        """Return the proposals to train with; see Detectron2's ``ROIHeads``."""
-        if self.exact:
-            return super().label_and_sample_proposals(proposals, targets)
-        return sample_proposals(self, proposals, targets)
+        speed_up(self, numerics)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -67,29 +56,7 @@ class _PyramidPoolers:
                     sampling_ratio=head.POOLER_SAMPLING_RATIO,
                     pooler_type=head.POOLER_TYPE,
                 )
-        args["exact"] = not is_fast(cfg)
-        if not args["exact"]:
-            for head in ("box_head", "box_heads", "mask_head"):
-                for module in _modules(args.get(head)):
-                    speed_up(module, cfg.MODEL.DEVICE)
-            for head in ("box_predictor", "box_predictors"):
-                for module in _modules(args.get(head)):
-                    use_onednn(module)
-            for key in {"box_predictor", "box_predictors"} & set(args):
-                args[key] = _with_fewer_waits(args[key])
-        return args
-
-
-def _with_fewer_waits(predictors: nn.Module | list) -> nn.Module | list:
-    if isinstance(predictors, list):
-        return [FPNBoxPredictor.taking_over(predictor) for predictor in predictors]
-    return FPNBoxPredictor.taking_over(predictors)
-
-
-def _modules(head: nn.Module | list | None) -> list[nn.Module]:
-    if head is None:
-        return []
-    return head if isinstance(head, list) else [head]
+        return args | {"numerics": numerics(cfg)}
 
 
 def _check_maps(names: list[str], input_shape: dict[str, ShapeSpec]) -> None:

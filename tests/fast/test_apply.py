@@ -7,9 +7,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from fpn_d2.fast import cpu_maps
-from fpn_d2.fast.apply import speed_up
-from fpn_d2.fast.convolution import FastConv2d
-from fpn_d2.fast.linear import OneDNNLinear
+from fpn_d2.fast.apply import make_fast, make_plain, speed_up
+from fpn_d2.fast.convolution import FastConvolution
+from fpn_d2.fast.guard import Fast
 from tests.batches import random_batch, seed_everything
 from tests.modeling.test_roi_heads import config
 
@@ -73,12 +73,8 @@ def test_fast_is_fast_and_exact_is_detectron2s():
     assert list(exact.state_dict()) == list(fast.state_dict())
     fast.load_state_dict(exact.state_dict(), strict=True)
 
-    def kinds(model):
-        return {type(module) for module in model.modules()}
-
-    assert not {FastConv2d, OneDNNLinear} & kinds(exact)
-    assert {FastConv2d, OneDNNLinear} <= kinds(fast)
-    assert exact.roi_heads.box_pooler.exact and not fast.roi_heads.box_pooler.exact
+    assert not any(isinstance(module, Fast) for module in exact.modules())
+    assert isinstance(fast.roi_heads.box_pooler, Fast) and isinstance(fast.roi_heads.box_head, Fast)
     x = torch.randn(1, 3, 64, 96)
     assert fast.backbone(x)["p3"].is_contiguous(memory_format=torch.channels_last)
     assert exact.backbone(x)["p3"].is_contiguous()
@@ -89,9 +85,7 @@ def test_every_convolution_is_fast(kind):
     for numerics in ("fast", "exact"):
         _, model = build(numerics, "FrozenBN", "MODEL.PROPOSAL_GENERATOR.NAME", "FPNRPN", *MODELS[kind])
         found = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        # Detectron2's loss of key points asks for maps that are channels-first.
-        found = {name for name in found if "keypoint_head" not in name}
-        fast = {name for name, module in model.named_modules() if isinstance(module, FastConv2d)}
+        fast = {name for name, module in model.named_modules() if isinstance(module, FastConvolution)}
         assert fast == (found if numerics == "fast" else set())
 
 
@@ -104,16 +98,26 @@ def test_a_mask_head_computes_on_maps_that_are_channels_last():
     assert seen == [True, True]
 
 
-def test_group_norm_stays_channels_first():
-    _, model = build("fast", "GN")
-    assert model.backbone(torch.randn(1, 3, 64, 96))["p3"].is_contiguous()
+def test_parameters_and_gradients_keep_their_layout():
+    cfg, model = build("fast")
+    sum(model(random_batch(cfg)).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous() and (parameter.grad is None or parameter.grad.is_contiguous()), name
 
 
-def test_on_a_gpu_weights_stay_as_they_are():
-    weight = speed_up(nn.Sequential(nn.Conv2d(3, 4, 3)), "cuda")[0].weight
-    assert weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
+def test_a_module_stays_the_object_that_it_is():
+    _, model = build("exact")
+    before = dict(model.named_modules())
+    hooked = model.backbone.fpn_output2
+    make_fast(model)
+    assert all(a is b for a, b in zip(before.values(), model.modules(), strict=True))
+    assert isinstance(hooked, FastConvolution)
+    make_plain(model)
+    assert not any(isinstance(module, Fast) for module in model.modules())
 
 
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match="MODEL.NUMERICS is 'quick'; expected one of fast, exact"):
         build("quick")
+    with pytest.raises(ValueError, match="numerics is 'quick'; expected one of fast, exact"):
+        speed_up(nn.Conv2d(3, 4, 3), "quick")

@@ -11,7 +11,9 @@ from torch import nn
 
 from fpn_d2.analysis.measure.complexity import count_macs
 from fpn_d2.fast import onednn_conv, winograd
-from fpn_d2.fast.convolution import FastConv2d, fuse_norms, use_fast_convolutions
+from fpn_d2.fast.apply import make_fast
+from fpn_d2.fast.convolution import FastConvolution
+from fpn_d2.fast.frozen import FrozenConvolution, freeze_convolutions
 
 
 def conv(norm="FrozenBN", bias=False, activation=None, dtype=torch.float64):
@@ -28,8 +30,8 @@ def conv(norm="FrozenBN", bias=False, activation=None, dtype=torch.float64):
 @pytest.mark.parametrize("activation", [None, nn.ReLU()])
 def test_equals_convolution_then_norm_with_gradients(bias, activation):
     net = nn.Sequential(conv(bias=bias, activation=activation))
-    folded = use_fast_convolutions(copy.deepcopy(net))
-    assert type(folded[0]) is FastConv2d and type(net[0]) is Conv2d
+    folded = make_fast(copy.deepcopy(net))
+    assert isinstance(folded[0], FastConvolution) and type(net[0]) is Conv2d
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
     results = []
     for module in (net, folded):
@@ -43,9 +45,9 @@ def test_equals_convolution_then_norm_with_gradients(bias, activation):
 
 def test_names_weights_and_training_of_the_weights_stay():
     net = nn.Sequential(conv(), nn.Sequential(conv("BN"), conv("")))
-    folded = use_fast_convolutions(copy.deepcopy(net))
+    folded = make_fast(copy.deepcopy(net))
     assert list(folded.state_dict()) == list(net.state_dict())
-    assert [type(module) for module in folded[1]] == [FastConv2d, FastConv2d]
+    assert all(isinstance(module, FastConvolution) for module in folded[1])
     with torch.no_grad():
         folded[0].weight.mul_(2)  # what is folded follows the weights
     x = torch.randn(1, 5, 8, 8, dtype=torch.float64)
@@ -59,10 +61,20 @@ def test_fused_for_good(norm, bias):
     net = nn.Sequential(conv(norm, bias)).eval()
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
     expected = net(x)
-    fused = copy.deepcopy(net)
-    assert fuse_norms(fused) == 1 and fused[0].norm is None
+    fused = make_fast(copy.deepcopy(net))
+    freeze_convolutions(fused)
+    freeze_convolutions(fused)  # once is enough
+    assert fused[0].norm is None and type(fused[0]).__mro__[1] is FrozenConvolution
     torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
-    assert fuse_norms(fused) == 0
+
+
+def test_a_norm_that_somebody_watches_is_not_folded():
+    net = make_fast(nn.Sequential(conv()).eval())
+    seen = []
+    net[0].norm.register_forward_hook(lambda *args: seen.append(1))
+    freeze_convolutions(net)
+    net(torch.randn(2, 5, 9, 11, dtype=torch.float64))
+    assert seen == [1]
 
 
 def test_batch_norm_without_affine_parameters_and_group_norm():
@@ -72,7 +84,8 @@ def test_batch_norm_without_affine_parameters_and_group_norm():
     net = net.double().eval()
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     expected = net(x)
-    assert fuse_norms(net) == 1 and isinstance(net[1].norm, nn.GroupNorm)
+    freeze_convolutions(make_fast(net))
+    assert net[0].norm is None and isinstance(net[1].norm, nn.GroupNorm)
     torch.testing.assert_close(net(x), expected)
 
 
@@ -104,7 +117,7 @@ def block(kind, norm, stride, channels, out_channels):
 )
 def test_residual_blocks(kind, stride, channels, out_channels, norm, layout, grad):
     slow = block(kind, few_groups if norm == "GN" else norm, stride, channels, out_channels)
-    fast = use_fast_convolutions(copy.deepcopy(slow)).to(memory_format=layout)
+    fast = make_fast(copy.deepcopy(slow)).to(memory_format=layout)
     assert isinstance(fast[0], kind) and type(fast[0]) is not kind
     assert list(fast.state_dict()) == list(slow.state_dict())
     x = torch.randn(2, channels, 18, 23).contiguous(memory_format=layout)
@@ -122,7 +135,7 @@ def test_residual_blocks(kind, stride, channels, out_channels, norm, layout, gra
 @torch.no_grad()
 def test_residual_blocks_in_other_forms():
     slow = block(BottleneckBlock, "FrozenBN", 1, 64, 64)
-    fast = use_fast_convolutions(copy.deepcopy(slow)).to(memory_format=torch.channels_last)
+    fast = make_fast(copy.deepcopy(slow)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 64, 18, 23).contiguous(memory_format=torch.channels_last)
     expected = slow(x)
     assert count_macs(lambda: fast(x)) == count_macs(lambda: slow(x)) > 0
@@ -138,14 +151,49 @@ def test_residual_blocks_in_other_forms():
 @torch.no_grad()
 def test_whatever_is_missing(without, monkeypatch):
     slow = nn.Sequential(Conv2d(256, 256, 3, padding=1, activation=nn.ReLU()), block(BottleneckBlock, "", 1, 256, 256))
-    fast = use_fast_convolutions(copy.deepcopy(slow)).to(memory_format=torch.channels_last)
     if without != "oneDNN":
         monkeypatch.setattr(winograd, "library", lambda: None)
     if without != "compiler":
         monkeypatch.setattr(onednn_conv, "_works", lambda: False)
-    x = torch.randn(1, 256, 21, 30).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-5)
-    forms = {form for module in fast.modules() if isinstance(module, FastConv2d) for form in module._packed._kept}
-    compiled = {"compiled, torch.float32"} if winograd.library() is not None else set()
-    expected = compiled or {"torch"}
-    assert forms == (expected | {"oneDNN"} if onednn_conv.works() else compiled)
+    used = set()
+    for module, name in ((winograd, "convolve"), (onednn_conv, "convolve")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, m=module, **k: used.add(m.__name__[12:]) or f(*a, **k))
+    x = torch.randn(1, 256, 41, 30).contiguous(memory_format=torch.channels_last)
+    for freeze in (False, True):
+        fast = make_fast(copy.deepcopy(slow))
+        if freeze:
+            freeze_convolutions(fast)
+        torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-5)
+    expected = {"winograd"} if winograd.library() is not None else set()
+    assert used == expected | ({"onednn_conv"} if onednn_conv._works() else set())
+
+
+@torch.no_grad()
+def test_a_relu_runs_once(monkeypatch):
+    """Whether it is a module or a function, and whatever computes the convolution."""
+    rectified = []
+    relu_ = torch.Tensor.relu_
+    monkeypatch.setattr(torch.Tensor, "relu_", lambda x: rectified.append(1) or relu_(x))
+    for activation in (nn.ReLU(), torch.nn.functional.relu, torch.nn.functional.relu_):
+        slow = Conv2d(32, 32, 3, padding=1, activation=activation)
+        fast = make_fast(copy.deepcopy(slow))
+        x = torch.randn(1, 32, 40, 40)
+        torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-5)
+    assert not rectified or winograd.library() is None
+
+
+def test_a_group_norm_makes_only_its_own_convolution_slow():
+    """In training; its backward is many times slower on channels-last maps."""
+    net = nn.Sequential(Conv2d(16, 32, 3, padding=1), Conv2d(32, 32, 3, padding=1, norm=nn.GroupNorm(4, 32)))
+    fast = make_fast(copy.deepcopy(net))
+    seen = []
+    for module in (fast[0], fast[1]):
+        module.register_forward_hook(lambda module, args, out: seen.append(out.is_contiguous()))
+    fast[1].register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+    x = torch.randn(1, 16, 20, 20)
+    fast(x)
+    with torch.no_grad():
+        fast(x)
+    assert seen == [False, True, False, False]
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)

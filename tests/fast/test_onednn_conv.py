@@ -1,7 +1,5 @@
 """Convolution, sum and ReLU in one pass, against the three one after the other in float64."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -14,10 +12,9 @@ SAME = ((1, 1), (1, 1), (1, 1), 1)
 
 def need_operations() -> None:
     """Skip where PyTorch lacks them; where it has them they have to pass the trial, or nothing would test them."""
-    names = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
-    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         pytest.skip("this PyTorch has no such operations: convolution by oneDNN is NOT tested")
-    assert onednn_conv.works()
+    assert onednn_conv.works(torch.zeros(1))
 
 
 @pytest.fixture(autouse=True)
@@ -61,14 +58,13 @@ def expected_of(x, weight, bias, geometry, relu, add):
 @pytest.mark.parametrize("bias", [True, False])
 def test_values(kernel, geometry, added, relu, dtype, bias):
     x, weight, offset = case(kernel, geometry, dtype, bias=bias)
-    assert onednn_conv.pays(x, weight, offset, geometry)
     add = None
     if added:
         add = torch.randn_like(expected_of(x, weight, offset, geometry, False, None), dtype=torch.float64)
         add = add if added == "float64" else add.to(dtype)
         add = add.contiguous(memory_format=torch.channels_last if added == "channels-last" else torch.contiguous_format)
     before = None if add is None else add.clone()
-    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x.shape, geometry), offset, geometry, relu, add)
+    out = onednn_conv.convolve(x, weight, offset, geometry, relu, add)
     expected = expected_of(x, weight, offset, geometry, relu, add)
     assert out.dtype == dtype and out.shape == expected.shape
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -76,85 +72,46 @@ def test_values(kernel, geometry, added, relu, dtype, bias):
     assert add is None or torch.equal(add, before)  # what is added may be an output of the network as well
 
 
-@pytest.mark.parametrize("size", [(1, 2), (3, 3), (40, 50)])
-@pytest.mark.parametrize("images", [1, 5])
-def test_packed_for_another_size(size, images):
-    small, weight, bias = case(3, SAME, torch.float32)
-    packed = onednn_conv.pack(weight, small.shape, SAME)
-    x = case(3, SAME, torch.float32, size=size, images=images)[0]
-    expected = expected_of(x, weight, bias, SAME, True, None)
-    torch.testing.assert_close(onednn_conv.convolve(x, packed, bias, SAME, True).double(), expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(("stride", "width"), [(1, 13), (2, 14)])
 def test_a_sum_of_the_wrong_shape_is_refused(stride, width):
     geometry = ((stride, stride), *POINTWISE[1:])
     x, weight, bias = case(1, geometry, torch.float32)
-    packed = onednn_conv.pack(weight, x.shape, geometry)
     with pytest.raises(RuntimeError, match="size"):
-        onednn_conv.convolve(x, packed, bias, geometry, True, torch.zeros(2, 40, 9, width))
-
-
-@pytest.mark.parametrize("tiles", [1, 17, 64, 200])
-@pytest.mark.parametrize("groups", [1, 36])
-def test_in_place(groups, tiles):
-    geometry = ((1, 1), (0, 0), (1, 1), groups)
-    x, weight, _ = case(1, geometry, torch.float32, channels=8 * groups, out_channels=16 * groups, size=(1, tiles))
-    out = torch.randn(2, 16 * groups, 1, tiles).contiguous(memory_format=torch.channels_last)
-    expected = expected_of(x, weight, None, geometry, False, out)
-    onednn_conv.accumulate(x, onednn_conv.pack(weight, (1, 8 * groups, 1, 256), geometry), out, geometry)
-    assert (out - expected).abs().max() <= ROUNDING[torch.float32] * expected.abs().max()
+        onednn_conv.convolve(x, weight, bias, geometry, True, torch.zeros(2, 40, 9, width))
 
 
 def test_nan_and_infinity_are_not_lost():
     x, weight, bias = case(1, POINTWISE, torch.float32)
     x[0, 0, 3, 4], x[1, 0, 5, 6] = float("inf"), float("nan")
-    out = onednn_conv.convolve(x, onednn_conv.pack(weight, x.shape, POINTWISE), bias, POINTWISE, False)
+    out = onednn_conv.convolve(x, weight, bias, POINTWISE, False)
     assert torch.equal(out.isfinite(), expected_of(x, weight, bias, POINTWISE, False, None).isfinite())
 
 
-def test_where_it_pays(monkeypatch):
-    x, weight, bias = case(1, POINTWISE, torch.float32)
-    assert onednn_conv.pays(x, weight, bias, POINTWISE) and onednn_conv.pays(x, weight, None, POINTWISE)
-    for inputs in (
-        (x.contiguous(), weight, bias, POINTWISE),
-        (x.double(), weight.double(), bias.double(), POINTWISE),
-        (x.bfloat16(), weight, bias, POINTWISE),
-        (x[:, :8].contiguous(memory_format=torch.channels_last), weight, bias, POINTWISE),
-        (x[:0], weight, bias, POINTWISE),
-        (x[0], weight, bias, POINTWISE),
-        (x, weight, bias, ((1, 1), "same", (1, 1), 1)),
-        (x.to("meta"), weight.to("meta"), bias.to("meta"), POINTWISE),
-    ):
-        assert not onednn_conv.pays(*inputs)
-    with torch.enable_grad():
-        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+def test_where_it_works(monkeypatch):
+    x = torch.zeros(2)
+    assert onednn_conv.works(x) and onednn_conv.works(x.bfloat16()) and not onednn_conv.works(x.double())
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+        assert not onednn_conv.works(x)
     monkeypatch.setenv(cpu_maps.VARIABLE, "direct")
-    assert not onednn_conv.pays(x, weight, bias, POINTWISE)
+    assert not onednn_conv.works(x)
 
 
-@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers", "not in place", "a copy in place"])
+@pytest.mark.parametrize("fault", ["missing", "other arguments", "other numbers", "no sum"])
 def test_operations_that_are_not_what_they_were_are_not_used(fault, monkeypatch):
-    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    right = torch.ops.mkldnn._convolution_pointwise
+
+    class Wrong:
+        def __call__(self, x, *arguments):
+            if fault == "other arguments":
+                raise RuntimeError("expected at most 2 arguments")
+            return right(x, *arguments) + (fault == "other numbers")
+
+        def binary(self, x, add, *arguments):
+            return right(x, *arguments[:6], "relu", [], "") if fault == "no sum" else right.binary(x, add, *arguments)
 
     class Operations:
         if fault != "missing":
-
-            def _reorder_convolution_weight(self, weight, *arguments):
-                if fault == "other arguments":
-                    raise RuntimeError("expected at most 2 arguments")
-                packed = reorder(weight, *arguments)
-                return weight + 1 if fault == "other numbers" else packed
-
-            _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
-            if fault == "a copy in place":
-                _convolution_pointwise_ = SimpleNamespace(binary=lambda out, *arguments: out.clone())
-            elif fault != "not in place":
-                _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
+            _convolution_pointwise = Wrong()
 
     monkeypatch.setattr(torch.ops, "mkldnn", Operations())
     onednn_conv._works.cache_clear()

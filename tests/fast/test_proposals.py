@@ -8,8 +8,6 @@ from detectron2.structures import Boxes
 
 from fpn_d2.fast.proposals import select_proposals, top_scores
 
-from .host_waits import DeviceTensor, back, counting
-
 TRANSFORM = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
 
 
@@ -33,13 +31,12 @@ def decode_all_then_select(anchors, logits, deltas, image_sizes, **options):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pre,post", [(50, 30), (1000, 1000), (1, 1), (50, 0)])
 @pytest.mark.parametrize("min_size", [0.0, 12.0, 1000.0])
-@pytest.mark.parametrize("exact", [False, True])
-def test_same_bits_as_detectron2(training, pre, post, min_size, exact):
+def test_same_bits_as_detectron2(training, pre, post, min_size):
     options = dict(nms_thresh=0.5, pre_nms_topk=pre, post_nms_topk=post, min_box_size=min_size, training=training)
     sizes = [(100, 90), (70, 100)]
     batch = outputs()
     expected = decode_all_then_select(*batch, sizes, **options)
-    actual = select_proposals(*batch, sizes, box2box_transform=TRANSFORM, exact=exact, **options)
+    actual = select_proposals(*batch, sizes, box2box_transform=TRANSFORM, **options)
     assert min_size < 1000 or not any(len(image) for image in expected)
     for a, b in zip(actual, expected, strict=True):
         assert a.image_size == b.image_size
@@ -66,11 +63,10 @@ def test_nan_comes_first_as_in_a_sort_and_stops_training():
     anchors, logits, deltas = outputs(images=1)
     logits[0][0, 3] = float("nan")
     options = dict(nms_thresh=0.5, pre_nms_topk=10, post_nms_topk=10, min_box_size=0.0, box2box_transform=TRANSFORM)
-    for exact in (False, True):
-        with pytest.raises(FloatingPointError, match="diverged"):
-            select_proposals(anchors, logits, deltas, [(100, 100)], training=True, exact=exact, **options)
-        kept = select_proposals(anchors, logits, deltas, [(100, 100)], training=False, exact=exact, **options)[0]
-        assert len(kept) > 0 and kept.objectness_logits.isfinite().all()
+    with pytest.raises(FloatingPointError, match="diverged"):
+        select_proposals(anchors, logits, deltas, [(100, 100)], training=True, **options)
+    kept = select_proposals(anchors, logits, deltas, [(100, 100)], training=False, **options)[0]
+    assert len(kept) > 0 and kept.objectness_logits.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -92,26 +88,3 @@ def test_what_is_not_finite_is_left_out(value, spoil):
         assert torch.equal(a.proposal_boxes.tensor, b.proposal_boxes.tensor)
         assert torch.equal(a.objectness_logits, b.objectness_logits)
     assert (len(actual[0]) == 0) == (spoil == "all scores of an image") and len(actual[1]) > 0
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("min_size", [0.0, 12.0])
-def test_one_wait_for_the_batch_and_one_for_each_image(training, min_size):
-    options = dict(nms_thresh=0.5, pre_nms_topk=50, post_nms_topk=40, min_box_size=min_size, training=training)
-    options["box2box_transform"] = TRANSFORM
-    anchors, logits, deltas = outputs(images=3)
-    sizes = [(100, 90), (70, 100), (50, 50)]
-    expected = select_proposals(anchors, logits, deltas, sizes, **options)
-    with counting() as host:
-        there = [Boxes(DeviceTensor(level.tensor)) for level in anchors]
-        actual = select_proposals(
-            there,
-            [DeviceTensor(level) for level in logits],
-            [DeviceTensor(level) for level in deltas],
-            sizes,
-            **options,
-        )
-    assert host.waits.total() == 1 + 3 and host.uploads.total() == 0
-    for a, b in zip(back(actual), back(expected), strict=True):
-        assert torch.equal(a["proposal_boxes"], b["proposal_boxes"])
-        assert torch.equal(a["objectness_logits"], b["objectness_logits"])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import pickle
 
 import pytest
@@ -12,7 +11,9 @@ from torch import nn
 
 from fpn_d2.analysis.measure.complexity import count_macs
 from fpn_d2.fast import cpu_maps, winograd
-from fpn_d2.fast.convolution import FastConv2d, use_fast_convolutions
+from fpn_d2.fast.apply import make_fast
+from fpn_d2.fast.convolution import FastConvolution
+from fpn_d2.fast.frozen import freeze_convolutions
 
 ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 2**-8}
 
@@ -196,11 +197,11 @@ def layer(**kwargs):
 @pytest.mark.parametrize("grad", [True, False])
 def test_layers(kwargs, grad):
     slow = nn.Sequential(layer(**kwargs)).eval()
-    fast = use_fast_convolutions(copy.deepcopy(slow))
+    fast = make_fast(copy.deepcopy(slow))
     x = case(1, 16, 16, 33, 40)[0]
     with torch.set_grad_enabled(grad):
         out = fast(x)
-        assert type(fast[0]) is FastConv2d and winograd.pays(x, fast[0].weight, None)
+        assert isinstance(fast[0], FastConvolution) and winograd.pays(x, fast[0].weight, None)
         torch.testing.assert_close(out, slow(x), rtol=1e-5, atol=1e-5)
         if fast[0].activation is None:
             nn.functional.relu_(out)  # as Detectron2's blocks do
@@ -213,54 +214,46 @@ def test_layers(kwargs, grad):
 
 def test_a_convolution_of_pytorch():
     slow = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"))
-    fast = use_fast_convolutions(copy.deepcopy(slow))
+    fast = make_fast(copy.deepcopy(slow))
     x = case(1, 16, 16, 33, 40)[0]
     torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-5)
-    assert [type(module) for module in fast] == [FastConv2d, nn.Conv2d]
+    assert [isinstance(module, FastConvolution) for module in fast] == [True, True]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda net: net[0].weight.mul_(2),
-        lambda net: net[0].norm.running_mean.add_(1),
-        lambda net: net.load_state_dict({k: v + 0.5 for k, v in net.state_dict().items()}),
-        lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight + 1)),
-        lambda net: (net.train(), net[0].weight.data.mul_(3), net.eval()),  # which counts no version
-        lambda net: net.bfloat16(),
-    ],
-)
+def frozen():
+    net = make_fast(nn.Sequential(layer()).eval())
+    freeze_convolutions(net)
+    return net
+
+
 @torch.no_grad()
-def test_kept_weights_follow_the_weights(change):
-    net = use_fast_convolutions(nn.Sequential(layer())).eval()
-    x = case(1, 16, 16, 40, 40)[0]
+def test_frozen_weights_are_transformed_once(monkeypatch):
+    net, x = frozen(), case(1, 16, 16, 40, 40)[0]
+    packed, pack = [], winograd.pack
+    monkeypatch.setattr(winograd, "pack", lambda *args: packed.append(1) or pack(*args))
     before = net(x)
-    assert torch.equal(net(x), before) and net[0]._packed._kept
-    change(net)
-    x = x.to(net[0].weight.dtype)
-    expected = net[0].norm(nn.functional.conv2d(x, net[0].weight, padding=1))
-    low = x.dtype == torch.bfloat16
-    assert_close(net(x), expected.double(), 0.02 if low else ROUNDING[torch.float32])
-    assert low or not torch.allclose(net(x), before, atol=1e-3)
+    assert torch.equal(net(x), before) and len(packed) == 1 and "0.weight" not in net.state_dict()
+    assert_close(before, make_fast(nn.Sequential(layer()).eval())(x).double(), ROUNDING[torch.float32])
+    net[0].weight.mul_(2), net[0].bias.mul_(2)  # of all who write to it, those who can be heard are
+    assert_close(net(x), 2 * before.double(), ROUNDING[torch.float32])
+    net.bfloat16()
+    assert_close(net(x.bfloat16()), 2 * before.double(), 0.02)
 
 
-def test_copies_and_files_do_not_hold_kept_weights():
-    net = use_fast_convolutions(nn.Sequential(layer())).eval()
-    x = case(1, 16, 16, 40, 40)[0]
+def test_copies_and_files_do_not_hold_transformed_weights():
+    net, x = frozen(), case(1, 16, 16, 40, 40)[0]
     with torch.no_grad():
         expected = net(x)
+    assert net[0]._kept
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert not other[0]._packed._kept
+        assert not other[0]._kept and type(other[0]) is type(net[0])
         with torch.no_grad():
             assert torch.equal(other(x), expected)
-    file = io.BytesIO()
-    torch.save(net.state_dict(), file)
-    assert list(net.state_dict()) == list(nn.Sequential(layer()).state_dict())
 
 
 def test_inference_mode():
     with torch.inference_mode():
-        net = use_fast_convolutions(nn.Sequential(layer(norm=None, bias=True))).eval()
+        net = make_fast(nn.Sequential(layer(norm=None, bias=True))).eval()
         x = case(1, 16, 16, 40, 40)[0]
         first = net(x)
         net[0].weight.mul_(2), net[0].bias.mul_(2)
@@ -268,10 +261,11 @@ def test_inference_mode():
 
 
 def test_those_who_look_at_operations_see_a_convolution():
-    net = use_fast_convolutions(nn.Sequential(layer())).eval()
+    net = make_fast(nn.Sequential(layer())).eval()
     x = case(1, 16, 16, 40, 40)[0]
     assert count_macs(lambda: net(x)) == 40 * 40 * 9 * 16 * 32
-    traced = torch.jit.trace(net, x)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, x)
     assert "_convolution" in str(traced.inlined_graph)
     jacobian = torch.func.jvp(net, (x,), (torch.ones_like(x),))[1]  # a second way to differentiate
     torch.testing.assert_close(jacobian, nn.functional.conv2d(torch.ones_like(x), *(_folded(net),), padding=1))

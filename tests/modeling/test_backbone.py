@@ -17,7 +17,7 @@ from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.errors import UserError
-from fpn_d2.fast.convolution import FastConv2d
+from fpn_d2.fast.convolution import FastConvolution
 from fpn_d2.modeling import FPN, NECK_REGISTRY, Neck
 
 from .maps import Given
@@ -237,7 +237,7 @@ def test_a_child_that_is_replaced_is_run():
 
 def test_frozen_norms_of_the_neck_are_folded_too():
     backbone = build_backbone(config(MODEL__FPN__NORM="FrozenBN"))
-    assert type(backbone.fpn_output2) is FastConv2d
+    assert isinstance(backbone.fpn_output2, FastConvolution)
 
 
 @pytest.mark.parametrize("last,warned", [("res5", False), ("res4", True)])

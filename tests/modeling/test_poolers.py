@@ -5,17 +5,21 @@ import math
 
 import pytest
 import torch
-from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torchvision.ops import roi_align
 
+from fpn_d2.fast.apply import speed_up
 from fpn_d2.modeling import CanonicalLevelAssigner, PyramidROIPooler
-from fpn_d2.modeling.poolers import _with_image_indices
 from tests.batches import random_boxes
-from tests.fast.host_waits import DeviceTensor, back, counting
 
 # The exact path against the loop: the same operation, the same bits. The fast one: float32 rounding.
 PATHS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+
+
+def pooler_of(*args, exact, **kwargs):
+    return speed_up(PyramidROIPooler(*args, **kwargs), "exact" if exact else "fast")
+
 
 
 def assert_equal(actual, expected, exact):
@@ -58,7 +62,7 @@ def pool_row_by_row(x, lists, levels, output_size, sampling_ratio, canonical_box
 @PATHS
 def test_row_by_row(levels, output_size, sampling_ratio, exact):
     x, lists = maps(levels), box_lists()
-    pooler = PyramidROIPooler(output_size, [0.5**k for k in levels], sampling_ratio, "ROIAlignV2", exact=exact)
+    pooler = pooler_of(output_size, [0.5**k for k in levels], sampling_ratio, "ROIAlignV2", exact=exact)
     expected = pool_row_by_row(x, lists, levels, output_size, sampling_ratio)
     actual = pooler(x, lists)
     assert actual.shape == (50, 3, *output_size)
@@ -83,7 +87,7 @@ def test_equal_to_detectron2_with_gradients(pooler_type, channels_last, exact):
     lists[0].tensor[0] = torch.tensor([-40.0, -30.0, 500.0, 400.0])  # leaves the image
     lists[0].tensor[1] = torch.tensor([50.0, 50.0, 50.0, 50.0])  # no area
     results = []
-    for cls in (ROIPooler, functools.partial(PyramidROIPooler, exact=exact)):
+    for cls in (ROIPooler, functools.partial(pooler_of, exact=exact)):
         x = maps()
         if channels_last:
             x = [m.to(memory_format=torch.channels_last) for m in x]
@@ -111,7 +115,7 @@ def test_half_precision_maps_do_not_move_the_boxes(dtype, levels, exact):
     """bfloat16 has no number between 256 and 258; neither type may reach the coordinates."""
     x = [m.to(dtype) for m in maps(levels)]
     lists = [Boxes(torch.tensor([[257.3, 60.7, 389.1, 301.9]])), Boxes(torch.tensor([[129.4, 30.6, 160.2, 70.3]]))]
-    pooler = PyramidROIPooler(7, [0.5**k for k in levels], 2, "ROIAlignV2", exact=exact)
+    pooler = pooler_of(7, [0.5**k for k in levels], 2, "ROIAlignV2", exact=exact)
     pooled = pooler(x, lists)
     assert pooled.dtype == dtype
     expected = pool_row_by_row([m.float() for m in x], lists, levels, (7, 7), 2)
@@ -188,29 +192,3 @@ def test_construction_refuses(arguments):
 def test_unknown_pooler_type():
     with pytest.raises(ValueError, match="Unknown pooler type"):
         PyramidROIPooler(7, [1 / 4], 0, "ROIWarp")
-
-
-@pytest.mark.parametrize("counts", [(3, 2), (0, 4, 0), (0,), (1,)])
-def test_image_indices_are_detectron2s_and_wait_for_nothing(counts):
-    lists = box_lists(counts)
-    expected = convert_boxes_to_pooler_format(lists)
-    with counting() as host:
-        actual = _with_image_indices([Boxes(DeviceTensor(boxes.tensor)) for boxes in lists])
-    for rois in (back(actual), _with_image_indices(lists)):
-        assert rois.dtype == expected.dtype and torch.equal(rois, expected)
-    assert host.waits.total() == host.uploads.total() == 0
-
-
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_gpu_is_not_asked_whether_boxes_are_finite_unless_exact(exact):
-    x, lists = maps(), box_lists()
-    lists[1].tensor[1, 0] = math.nan
-    pooler = PyramidROIPooler(4, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 2, "ROIAlignV2", exact=exact)
-    with counting():
-        x = [DeviceTensor(level) for level in x]
-        lists = [Boxes(DeviceTensor(boxes.tensor)) for boxes in lists]
-        if exact:
-            with pytest.raises(ValueError, match="of image 1 in the batch: row 1"):
-                pooler(x, lists)
-        else:
-            assert pooler(x, lists).shape == (50, 3, 4, 4)

@@ -95,15 +95,12 @@ class _SampleCounter:
         self.macs = 0.0
         self._pools = list(pools)
         self._handles: list = []
-        self._exact: dict[nn.Module, bool] = {}
 
     def __enter__(self) -> "_SampleCounter":
         for pool in self._pools:
             if isinstance(pool, ROIPooler) and not hasattr(pool, "extractor"):
                 self._handles.append(pool.register_forward_pre_hook(self._pooled_by_level))
             elif isinstance(pool, ROIPooler):  # pools a RoI from several levels, each by an operation of its own
-                # The fast way has no operation per level; the RoIs and samples are the same.
-                self._exact[pool], pool.exact = pool.exact, True
                 for level in pool.level_poolers:
                     self._handles.append(level.register_forward_pre_hook(self._pooled_on_one_level))
             else:
@@ -113,8 +110,6 @@ class _SampleCounter:
     def __exit__(self, *exception) -> None:
         for handle in self._handles:
             handle.remove()
-        for pool, exact in self._exact.items():
-            pool.exact = exact
 
     def _pooled_by_level(self, pool: ROIPooler, args: tuple) -> None:
         maps, box_lists = args

@@ -1,0 +1,68 @@
+"""Convolutions whose weights are final: norms are folded in for good, and transformed weights are kept."""
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from torch import Tensor, nn
+
+from . import winograd
+from .convolution import FastConvolution, FastTorchConvolution, Weights, folded_scale
+from .guard import mixed, need_not_be_called
+
+
+class FrozenConvolution(FastConvolution):
+    """A :class:`FastConvolution` of a model that is not trained any more.
+
+    Its weight is no parameter, so that nothing that goes through parameters or state dicts can change it behind the
+    back of its transformed copy, which is four times as large and is not copied or saved.
+    """
+
+    def weights(self, folds: bool, x: Tensor) -> Weights:
+        """See :class:`FastConvolution`."""
+        scale, bias = folded_scale(self) if folds else (None, self.bias)
+        packed = None
+        if scale is None and self.kernel_size == (3, 3) and winograd.pays(x, self.weight, bias, packed=True):
+            packed = self._packed_for(winograd.factor_dtype(x))
+        return Weights(self.weight, scale, bias, packed)
+
+    def _packed_for(self, dtype: torch.dtype) -> Tensor:
+        made_from = (self.weight.data_ptr(), self.weight._version)
+        kept = self._kept.get(dtype)
+        if kept is None or kept[0] != made_from:
+            kept = self._kept[dtype] = made_from, winograd.pack(self.weight, dtype)
+        return kept[1]
+
+    def _apply(self, fn, *args, **kwargs) -> nn.Module:
+        self.__dict__.update(weight=fn(self.weight), _kept={})
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": {}}
+
+
+@torch.no_grad()
+def freeze_convolutions(module: nn.Module) -> None:
+    """Make every fast convolution in ``module`` a frozen one, in place, and fold the norm behind it where there is one.
+
+    A norm with hooks, or of another kind than frozen or running batch normalisation, stays.
+    """
+    for conv in module.modules():
+        if not isinstance(conv, FastConvolution) or isinstance(conv, FrozenConvolution):
+            continue
+        if "weight" not in conv._parameters:  # pruned, or made anew in each call by a parametrisation
+            continue
+        if isinstance(conv, FastTorchConvolution):
+            conv.norm = conv.activation = None
+        _fold_norm(conv)
+        weight = conv._parameters.pop("weight").detach()
+        conv.__dict__.update(weight=weight.contiguous(memory_format=torch.channels_last), _kept={})
+        conv.__class__ = mixed(FrozenConvolution, type(conv).plain)
+
+
+def _fold_norm(conv: FastConvolution) -> None:
+    norm = conv.norm
+    kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    if type(norm) in kinds and need_not_be_called(norm, type(norm)) and norm.running_mean is not None:
+        scale, bias = folded_scale(conv)
+        conv.weight = nn.Parameter(winograd.scaled(conv.weight, scale), requires_grad=False)
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+        conv.norm = None
