@@ -9,6 +9,7 @@ from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastS
 from .convolution import FastConvolution, FastTorchConvolution
 from .guard import Fast, mixed
 from .linear import FastBoxHead
+from .necks import FastFPN
 from .poolers import FastLevelPooler, FastROIPooler
 from .proposals import FastRPN
 
@@ -27,6 +28,7 @@ TABLE: dict[str, type[Fast]] = {
     "detectron2.modeling.roi_heads.keypoint_head.KRCNNConvDeconvUpsampleHead": FastKeypointHead,
     "detectron2.modeling.poolers.ROIPooler": FastROIPooler,
     "fpn_d2.modeling.poolers.PyramidROIPooler": FastLevelPooler,
+    "fpn_d2.modeling.necks.fpn.FPN": FastFPN,
 }
 
 

@@ -46,11 +46,18 @@ def remake(mixin: type[Fast], plain: type) -> nn.Module:
 
 def as_plain(module: nn.Module) -> nn.Module:
     """The same module as its plain class: another object that shares all parameters, buffers and children."""
-    kind = type(module).plain if isinstance(module, Fast) else type(module)
-    plain = kind.__new__(kind)
-    plain.__dict__ = dict(module.__dict__)
-    plain._modules = copy.copy(module._modules)
-    return plain
+    return of_class(module, type(module).plain if isinstance(module, Fast) else type(module))
+
+
+def of_class(module: nn.Module, kind: type, *without: str) -> nn.Module:
+    """What scripts ``module`` as class ``kind``: another object with its state, less the attributes ``without``."""
+    # Detectron2's export says by annotations of the class which attributes are constants.
+    said = {**getattr(kind, "__annotations__", {}), **vars(type(module)).get("__annotations__", {})}
+    other = type(kind.__name__, (kind,), {"__annotations__": said, "__module__": kind.__module__})
+    other = other.__new__(other)
+    other.__dict__ = {name: value for name, value in vars(module).items() if name not in without}
+    other._modules = copy.copy(module._modules)
+    return other
 
 
 def scriptable(module: nn.Module) -> nn.Module:

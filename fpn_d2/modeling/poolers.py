@@ -17,6 +17,9 @@ from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_forma
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+from fpn_d2.fast.guard import of_class
+
 from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
 from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
 
@@ -114,6 +117,24 @@ class PyramidROIPooler(ROIPooler):
             # index_put_ traces and differentiates; indexed assignment does not trace (pytorch issue 49852).
             pooled.index_put_((rows,), pool_level(pooler, level_map, rois[rows]))
         return pooled
+
+
+    def __prepare_scriptable__(self) -> ROIPooler:
+        """What ``torch.jit.script`` compiles: Detectron2's ``ROIPooler``, which pools the same.
+
+        Raises:
+            UserError: the rule is not Detectron2's, or there are gaps between the levels.
+        """
+        rule = self.assigner
+        without_gaps = self.levels == tuple(range(self.min_level, self.max_level + 1))
+        if type(rule) is not CanonicalLevelAssigner or not without_gaps:
+            raise UserError(
+                f"torch.jit.script cannot compile a {type(self).__name__} with {rule} over levels {self.levels}: only "
+                "MODEL.ROI_LEVEL_ASSIGN.NAME canonical over levels without gaps. Trace or export the model instead"
+            )
+        stock = of_class(self, ROIPooler, "levels", "assigner")
+        stock.canonical_box_size, stock.canonical_level = rule.canonical_box_size, rule.canonical_level
+        return stock
 
 
 class CombiningROIPooler(PyramidROIPooler):

@@ -13,6 +13,7 @@ from detectron2.modeling.roi_heads import (
 from torch import nn
 
 from fpn_d2.fast.apply import numerics, speed_up
+from fpn_d2.fast.guard import of_class
 
 from .poolers import build_pooler, extracted_channels
 
@@ -30,6 +31,11 @@ class _PyramidPoolers:
         """
         super().__init__(**kwargs)
         speed_up(self, numerics)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles: Detectron2's heads, with the pooler that compiles itself."""
+        stock = {FPNROIHeads: StandardROIHeads, FPNCascadeROIHeads: CascadeROIHeads}.get(type(self))
+        return self if stock is None else of_class(self, stock)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:

@@ -1,6 +1,5 @@
 """Detectron2's region proposal network, with loss weights per pyramid level."""
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
 from fpn_d2.fast.apply import numerics, speed_up
+from fpn_d2.fast.guard import of_class
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -60,10 +60,7 @@ class FPNRPN(RPN):
 
     def __prepare_scriptable__(self) -> RPN:
         """What ``torch.jit.script`` compiles: Detectron2's ``RPN``, which proposes the same."""
-        stock = RPN.__new__(RPN)
-        stock.__dict__ = {name: value for name, value in vars(self).items() if name != "level_loss_weights"}
-        stock._modules = copy.copy(self._modules)
-        return stock
+        return of_class(self, RPN, "level_loss_weights") if type(self) is FPNRPN else self
 
     @torch.jit.unused
     def losses(

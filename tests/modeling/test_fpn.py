@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fpn_d2.fast.necks import add_nearest
 from fpn_d2.modeling import FPN
 from fpn_d2.modeling.necks.parts import fit
-from fpn_d2.modeling.necks.upsample import add_nearest
 
 from .maps import CHANNELS, ODD_SIZES, Given, bottom_up_maps, pooled, repeated
 

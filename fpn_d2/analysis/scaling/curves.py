@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpn_d2.engine import UserError
-from fpn_d2.fast.apply import speed_up
+from fpn_d2.fast.apply import make_fast
 from fpn_d2.files import write_atomically
 from fpn_d2.modeling.necks import build_neck
 from fpn_d2.modeling.poolers import build_pooler
@@ -210,7 +210,7 @@ def _neck(size: tuple[int, int], number: int, device: torch.device) -> Pair:
         for name, shape in shapes.items()
     }
     own = GivenMaps({name: _as_ours_gets_it(one) for name, one in maps.items()}, shapes)
-    ours = speed_up(build_neck(cfg, own).to(device).eval(), str(device))
+    ours = make_fast(build_neck(cfg, own).to(device).eval())
     stock = FPN(GivenMaps(maps, shapes), names, _CHANNELS, top_block=LastLevelMaxPool()).to(device).eval()
     ours.load_state_dict(stock.state_dict())
     image = torch.zeros(number, 3, *size, device=device)

@@ -9,7 +9,6 @@ Shape legend, for an image of H x W pixels in a batch of N:
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.backbone import FPN as Detectron2FPN
@@ -20,7 +19,7 @@ from .auto_top_block import top_block_of
 from .build import NECK_REGISTRY, Neck
 from .parts import chosen, conv, pyramid_levels
 from .top_blocks import build_top_block, num_top_levels, reads_bottom_up
-from .upsample import add_nearest, build_upsample
+from .upsample import build_upsample
 
 FUSE_TYPES = ("sum", "avg")
 
@@ -175,25 +174,29 @@ class FPN(Neck, Detectron2FPN):
             lateral = getattr(self, f"fpn_lateral{level}")(features[name]) if level in self._lateral_levels else None
             if merged is None or not self.top_down:
                 merged = lateral
-            elif lateral is not None and self._adds_in_place(merged, lateral):
-                merged = add_nearest(lateral, merged)
             else:
-                merged = getattr(self, f"fpn_upsample{level}")(merged, features[name].shape[-2:])
-                if lateral is not None:
-                    merged = lateral + merged
-                    if self._fuse_type == "avg":
-                        merged = merged / 2
+                merged = self.merge(level, lateral, merged, features[name].shape[-2:])
             if level in self._output_levels:
                 outputs[level] = getattr(self, f"fpn_output{level}")(merged)
         return outputs
 
-    def _adds_in_place(self, coarser: Tensor, finer: Tensor) -> bool:
-        """Whether :func:`add_nearest` does what these options ask for: at inference, where nobody needs the lateral."""
-        fits = all(2 * a - b in (0, 1) for a, b in zip(coarser.shape[2:], finer.shape[2:], strict=True))
-        plain = self.upsample == "nearest" and self._fuse_type == "sum"
-        # A hook may keep the lateral's output.
-        plain = plain and not any(getattr(self, f"fpn_lateral{k}")._forward_hooks for k in self._lateral_levels)
-        return plain and fits and not finer.requires_grad and not torch.jit.is_tracing()
+    def merge(self, level: int, lateral: Tensor | None, coarser: Tensor, size: tuple[int, int]) -> Tensor:
+        """Join a level's lateral with what comes down from above.
+
+        Args:
+            level: k.
+            lateral: (N, d, *size), or None where laterals are cut.
+            coarser: (N, d, h, w), the merged map of level k + 1.
+            size: (height, width) of level k.
+
+        Returns:
+            (N, d, *size).
+        """
+        from_above = getattr(self, f"fpn_upsample{level}")(coarser, size)
+        if lateral is None:
+            return from_above
+        merged = lateral + from_above
+        return merged / 2 if self._fuse_type == "avg" else merged
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return Detectron2's FPN with the same modules, which ``torch.jit.script`` can compile.

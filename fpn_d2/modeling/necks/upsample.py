@@ -8,32 +8,6 @@ from .parts import fit, interpolate
 UPSAMPLES = ("nearest", "bilinear", "deconv")
 
 
-def add_nearest(finer: Tensor, coarser: Tensor) -> Tensor:
-    """Add ``coarser``, up-sampled by repeating cells, to ``finer`` in place: no up-sampled map is ever made.
-
-    Args:
-        finer: (N, C, H, W), changed.
-        coarser: (N, C, ceil(H / 2), ceil(W / 2)).
-
-    Returns:
-        ``finer``; to the last bit what adding the up-sampled map gives.
-    """
-    height, width = finer.shape[-2:]
-    h, w = height // 2, width // 2
-    # As (..., h, 2, w, 2), where a coarser cell is one number for a block of four; what is odd is added as strips.
-    blocks = finer[..., : 2 * h, : 2 * w].unflatten(3, (w, 2)).unflatten(2, (h, 2))
-    blocks += coarser[..., :h, None, :w, None]
-    if height > 2 * h:
-        row = finer[..., -1, : 2 * w].unflatten(2, (w, 2))
-        row += coarser[..., h, :w, None]
-    if width > 2 * w:
-        column = finer[..., : 2 * h, -1].unflatten(2, (h, 2))
-        column += coarser[..., :h, w, None]
-    if height > 2 * h and width > 2 * w:
-        finer[..., -1, -1] += coarser[..., h, w]
-    return finer
-
-
 class Deconv(nn.Module):
     """A learned 2x2 transposed convolution with stride 2 that starts out as nearest up-sampling."""
 
