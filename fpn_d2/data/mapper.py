@@ -8,19 +8,24 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError, check_image_size, transform_proposals
+from detectron2.data.detection_utils import read_image as read_labels
+from detectron2.data.detection_utils import transform_proposals
 from fvcore.transforms.transform import BlendTransform, Transform, TransformList
-from PIL import Image
 from torch.utils.data import get_worker_info
 
+from fpn_d2.errors import shown
 from fpn_d2.fast.apply import numerics
 
+from .bad_images import BadImage, BadImages
 from .box_annotations import instances_of_boxes
 from .fast_transforms import FastAugInput, enlarges_to_the_bit
+from .image_files import file_problem
 from .image_loading import read_image, to_chw
 
 # Weights of red, green and blue in the luma of ITU-R BT.601, as Pillow and Detectron2 take them.
 _LUMA = {"R": 0.299, "G": 0.587, "B": 0.114}
+# Ratio of an image's sides from which on a failure to resize is the image's fault.
+_FLAT = 100
 
 
 class ColorJitter(T.Augmentation):
@@ -66,20 +71,22 @@ class TrainingMapper(DatasetMapper):
     With both keys off it gives just what Detectron2's own gives, to the bit and from the same random numbers, with one
     exception: without a compiler, and unless ``exact``, images to train on that are enlarged come out within one grey
     level of it. (An augmentation after that which raises the contrast, as the colour jitter may, raises the difference
-    too.) An image that is missing, broken or of another size than its record says ends in one sentence that names the
-    file.
+    too.) Beyond, the file is believed over the record: an image has the size that its file has, and one that cannot be
+    read is left out with a warning; see `BadImages`.
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, exact: bool = False, **kwargs):
+    def __init__(self, is_train: bool, *, exact: bool = False, max_bad_images: int = 0, **kwargs):
         """
         Args:
             is_train: Whether to augment, and to give ``instances``.
-            exact: Whether to run Detectron2's own code and nothing else.
+            exact: Whether to run Detectron2's own operations and nothing else.
+            max_bad_images: How many images may be left out because their files cannot be used.
             **kwargs: The other arguments of ``DatasetMapper``.
         """
         super().__init__(is_train, **kwargs)
         self.exact = exact
+        self.bad_images = BadImages(max_bad_images)
         if not exact:
             enlarges_to_the_bit()  # is built here, not in each worker of a data loader
 
@@ -94,6 +101,7 @@ class TrainingMapper(DatasetMapper):
         """
         arguments = super().from_config(cfg, is_train)
         arguments["exact"] = numerics(cfg) == "exact"
+        arguments["max_bad_images"] = cfg.DATASETS.MAX_BAD_IMAGES
         if is_train and cfg.INPUT.VERTICAL_FLIP:
             if cfg.MODEL.KEYPOINT_ON:
                 raise ValueError("INPUT.VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON; set one of them to False.")
@@ -102,35 +110,72 @@ class TrainingMapper(DatasetMapper):
             arguments["augmentations"].append(ColorJitter(cfg.INPUT.COLOR_JITTER, cfg.INPUT.FORMAT))
         return arguments
 
-    def __call__(self, dataset_dict: dict) -> dict:
+    def __call__(self, dataset_dict: dict) -> dict | None:
         """Map one record of Detectron2's standard format to the model's input.
 
+        Returns:
+            The input; for an image that cannot be used, up to DATASETS.MAX_BAD_IMAGES of them, None in training (the
+            loader takes another one), and a black image marked ``unreadable`` otherwise (the evaluation leaves it
+            out).
+
         Raises:
-            FileNotFoundError: If the image file does not exist.
-            ValueError: If it cannot be read, or is not of the size that the record says.
+            UserError: Too many images cannot be used. The text says why this one cannot.
         """
         try:
-            return super().__call__(dataset_dict) if self.exact else self._map(dataset_dict)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{_words(dataset_dict)}: the file does not exist.") from error
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on broken files
-            raise ValueError(f"{_words(dataset_dict)}: the file cannot be read as an image ({error}).") from error
-        except SizeMismatchError as error:
-            raise ValueError(f"{_words(dataset_dict)}: {error}") from error
+            image = self._read(dataset_dict)
+        except BadImage as bad:
+            self.bad_images.add(dataset_dict, bad)
+            return None if self.is_train else self._blank(dataset_dict, str(bad))
+        try:
+            return self._map(dataset_dict, image)
+        except ValueError as error:
+            flat = max(image.shape[:2]) >= _FLAT * min(image.shape[:2])
+            if not flat:
+                raise
+            text = f"{image.shape[1]} x {image.shape[0]} pixels are too flat for the sizes in INPUT ({error})"
+            self.bad_images.add(dataset_dict, BadImage(text))
+            return None if self.is_train else self._blank(dataset_dict, text)
 
-    def _map(self, dataset_dict: dict) -> dict:
-        """What ``DatasetMapper.__call__`` does, by the faster functions."""
+    def _read(self, dataset_dict: dict) -> np.ndarray:
+        """The image, upright, as (height, width, channels).
+
+        Raises:
+            BadImage: It cannot be used. The text is the reason.
+        """
+        name = dataset_dict["file_name"]
+        problem = file_problem(name) if "://" not in name else None  # a pipe would block for ever
+        if problem:
+            raise BadImage(problem[1])
+        try:
+            image = read_image(name, self.image_format, by_pillow=self.exact)
+        except Exception as error:  # Pillow raises almost anything on what is broken
+            raise BadImage(f"it cannot be read as an image: {shown(str(error), 200)}") from error
+        height, width = image.shape[:2]
+        recorded = (dataset_dict.get("width", width), dataset_dict.get("height", height))
+        if recorded == (width, height):
+            return image
+        if recorded == (height, width) and dataset_dict.get("annotations"):
+            raise BadImage(
+                f"it is {width} x {height}, and recorded as {height} x {width}: its boxes may be meant either way"
+            )
+        self.bad_images.warn(
+            dataset_dict, f"it is {width} x {height}, not {recorded[0]} x {recorded[1]} as recorded: that is used"
+        )
+        return image
+
+    def _map(self, dataset_dict: dict, image: np.ndarray) -> dict:
+        """What ``DatasetMapper.__call__`` does, by the faster functions unless ``exact``."""
         if get_worker_info() is not None:
             cv2.setNumThreads(0)  # the workers share the cores; and OpenCV's threads do not live through a fork
         # The annotations, by far the largest part, are copied only where something writes into them.
         record = {key: copy.deepcopy(value) for key, value in dataset_dict.items() if key != "annotations"}
-        image = read_image(record["file_name"], self.image_format)
-        check_image_size(record, image)
+        record["height"], record["width"] = image.shape[:2]
         stuff_file = record.pop("sem_seg_file_name", None)
-        stuff = None if stuff_file is None else read_image(stuff_file, "L").squeeze(2)
+        stuff = None if stuff_file is None else read_labels(stuff_file, "L").squeeze(2)
 
         # What is evaluated on has Detectron2's bits: detections are to be the same.
-        seen = (FastAugInput if self.is_train or enlarges_to_the_bit() else T.AugInput)(image, sem_seg=stuff)
+        fast = not self.exact and (self.is_train or enlarges_to_the_bit())
+        seen = (FastAugInput if fast else T.AugInput)(image, sem_seg=stuff)
         transforms = self.augmentations(seen)
         size = seen.image.shape[:2]
         record["image"] = to_chw(seen.image)
@@ -142,8 +187,14 @@ class TrainingMapper(DatasetMapper):
             self._add_instances(record, dataset_dict["annotations"], transforms, size)
         return record
 
+    def _blank(self, dataset_dict: dict, why: str) -> dict:
+        size = (dataset_dict.get("height", 32), dataset_dict.get("width", 32))
+        channels = 1 if self.image_format == "L" else 3
+        record = {key: value for key, value in dataset_dict.items() if key not in ("annotations", "sem_seg_file_name")}
+        return {**record, "image": torch.zeros(channels, *size, dtype=torch.uint8), "unreadable": why}
+
     def _add_instances(self, record: dict, annotations: list, transforms: TransformList, size: tuple[int, int]) -> None:
-        own = type(self)._transform_annotations is DatasetMapper._transform_annotations
+        own = not self.exact and type(self)._transform_annotations is DatasetMapper._transform_annotations
         if own and not (self.use_instance_mask or self.use_keypoint):
             instances = instances_of_boxes(annotations, transforms, size)
             if instances is not None:
@@ -151,7 +202,3 @@ class TrainingMapper(DatasetMapper):
                 return
         record["annotations"] = copy.deepcopy(annotations)
         self._transform_annotations(record, transforms, size)
-
-
-def _words(dataset_dict: dict) -> str:
-    return f"Image {dataset_dict.get('file_name')} (image id {dataset_dict.get('image_id')!r})"

@@ -7,7 +7,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -18,7 +17,7 @@ from detectron2.evaluation import (
 
 from fpn_d2.errors import UserError
 
-from .coco import FastCOCOEvaluator, fast_evaluation_is_there
+from .coco import FastCOCOEvaluator, ReadableCOCOEvaluator, fast_evaluation_is_there
 
 _TYPES = {
     "coco": ("coco",),
@@ -48,7 +47,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         raise UserError(
             f"data set {dataset_name} asks for the evaluator type {kind!r}; there are {', '.join(sorted(_TYPES))}"
         )
-    coco_evaluator = FastCOCOEvaluator if fast_evaluation_is_there() else COCOEvaluator
+    coco_evaluator = FastCOCOEvaluator if fast_evaluation_is_there() else ReadableCOCOEvaluator
     make = {
         "coco": lambda: coco_evaluator(
             dataset_name, output_dir=folder, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)

@@ -1,4 +1,5 @@
 import copy
+import os
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from fpn_d2.data import TrainingMapper, enlarge
 from fpn_d2.data.mapper import ColorJitter
+from fpn_d2.errors import UserError
 
 from .small_sets import HEIGHT, WIDTH, config, write_image
 
@@ -347,30 +349,111 @@ def test_colour_jitter_out_of_range(tmp_path, strength):
         TrainingMapper(small_config(tmp_path, INPUT__COLOR_JITTER=strength), True)
 
 
+def break_file(path, kind):
+    """Put something into the place of an image that cannot be used."""
+    path.unlink(missing_ok=True)
+    if kind == "cut":
+        write_image(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "circle":
+        path.symlink_to(path.name)
+    elif kind == "deep":
+        Image.fromarray(np.full((HEIGHT, WIDTH), 1 << 20, np.int32)).save(path, "TIFF")
+    elif kind != "gone":
+        path.write_bytes(b"no image" if kind == "text" else b"")
+
+
+BROKEN = {
+    "gone": "does not exist",
+    "text": "cannot be read as an image",
+    "empty": "is empty",
+    "cut": "cannot be read as an image",
+    "pipe": "is no regular file",
+    "folder": "is no regular file",
+    "circle": "symbolic links",
+    "deep": "no right reading as 8 bits",
+}
+
+
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
-def test_missing_image(tmp_path, record, numerics):
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_file_that_cannot_be_used_is_left_out_with_a_warning(tmp_path, record, caplog, numerics, kind, suffix):
+    record["file_name"] = str(tmp_path / f"bad.{suffix}")
+    break_file(tmp_path / f"bad.{suffix}", kind)
+    cfg = small_config(tmp_path, MODEL__NUMERICS=numerics, DATASETS__MAX_BAD_IMAGES=1)
+    mapper = TrainingMapper(cfg, True)
+    assert mapper(record) is None and mapper(record) is None
+    (warning,) = caplog.messages
+    assert f"bad.{suffix} (image id 5): " in warning and BROKEN[kind] in warning
+    assert "It is left out, the 1. of at most 1" in warning and len(mapper.bad_images) == 1
+    with pytest.raises(UserError, match=r"gone.png .*MAX_BAD_IMAGES is 1: look after the disk"):
+        mapper({**record, "file_name": str(tmp_path / "gone.png")})
+
+    mapper = TrainingMapper(cfg, False)
+    blank = mapper(record)
+    assert blank["image"].shape == (3, HEIGHT, WIDTH) and not blank["image"].any()
+    assert BROKEN[kind] in blank["unreadable"] and (blank["height"], blank["width"]) == (HEIGHT, WIDTH)
+
+
+def test_no_bad_image_is_allowed_where_the_limit_is_zero(tmp_path, record):
     (tmp_path / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"Image .*a.png \(image id 5\): the file does not exist"):
-        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record)
+    with pytest.raises(UserError, match=r"a.png \(image id 5\): .*does not exist. DATASETS.MAX_BAD_IMAGES is 0"):
+        TrainingMapper(small_config(tmp_path, DATASETS__MAX_BAD_IMAGES=0), True)(record)
+
+
+def test_bad_images_are_counted_over_all_workers(tmp_path, record):
+    mapper = TrainingMapper(small_config(tmp_path), True)
+    records = [{**record, "file_name": str(tmp_path / f"gone{i}.png")} for i in range(8)]
+    workers = DataLoader(MappedRecords(records, mapper), num_workers=2, batch_size=None)
+    assert [item for item in workers] == [None] * 8
+    assert len(mapper.bad_images) == 8
+
+
+class MappedRecords:
+    def __init__(self, records, mapper):
+        self.records, self.mapper = records, mapper
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.mapper(self.records[index])
 
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
-@pytest.mark.parametrize("kind", ["text", "empty", "png", "jpg"])
-def test_broken_image(tmp_path, record, kind, numerics):
-    record["file_name"] = str(tmp_path / f"broken.{kind}")
-    if kind in ("png", "jpg"):  # cut off in the middle
-        write_image(tmp_path / f"whole.{kind}")
-        content = (tmp_path / f"whole.{kind}").read_bytes()
-        content = content[: len(content) // 2]
-    else:
-        content = b"no image" if kind == "text" else b""
-    (tmp_path / f"broken.{kind}").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"broken.{kind} \(image id 5\): the file cannot be read as an image"):
-        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record)
-
-
-@pytest.mark.parametrize("numerics", ["fast", "exact"])
-def test_image_of_another_size_than_the_record_says(tmp_path, record, numerics):
+def test_the_size_is_that_of_the_file(tmp_path, record, caplog, numerics):
     record["width"] += 1
-    with pytest.raises(ValueError, match=r"image id 5\): Mismatched image shape.*\(40, 30\).*\(41, 30\)"):
-        TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record)
+    for is_train in (True, False):
+        mapped = TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), is_train)(record)
+        assert (mapped["height"], mapped["width"]) == (HEIGHT, WIDTH)
+        assert "it is 40 x 30, not 41 x 30 as recorded: that is used" in caplog.messages.pop()
+    record["width"], record["height"] = HEIGHT, WIDTH
+    assert TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), True)(record) is None
+    assert "recorded as 30 x 40: its boxes may be meant either way" in caplog.text
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_deep_pixels_are_scaled(tmp_path, record, numerics):
+    deep = np.linspace(0, 65535, WIDTH * HEIGHT).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    image = TrainingMapper(small_config(tmp_path, MODEL__NUMERICS=numerics), False)(record)["image"]
+    assert len(image.unique()) > 200 and 120 < image.float().mean() < 135
+
+
+@pytest.mark.parametrize("size", [(4000, 10), (10, 4000), (40_000, 10), (1, 1), (1, 30_000)])
+@pytest.mark.parametrize("is_train", [True, False])
+def test_flat_images_work_or_are_named(tmp_path, record, caplog, size, is_train):
+    width, height = size
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / "a.png")
+    record |= {"width": width, "height": height, "annotations": [{**record["annotations"][0], "bbox": [0, 0, 1, 1]}]}
+    mapped = TrainingMapper(small_config(tmp_path), is_train)(record)
+    if max(size) <= 4000:
+        assert min(mapped["image"].shape) >= 1 and "unreadable" not in mapped
+    else:
+        assert mapped is None if is_train else "too flat" in mapped["unreadable"]
+        assert f"{width} x {height} pixels are too flat for the sizes in INPUT" in caplog.text

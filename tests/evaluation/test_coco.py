@@ -13,7 +13,7 @@ from pycocotools import mask as mask_tools
 
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.evaluation import evaluators
-from fpn_d2.evaluation.coco import FastCOCOEvaluator
+from fpn_d2.evaluation.coco import FastCOCOEvaluator, ReadableCOCOEvaluator
 from tests.batches import random_boxes
 
 pytest.importorskip("faster_coco_eval")
@@ -163,4 +163,39 @@ def test_taken_where_it_is_installed(data, tmp_path, monkeypatch):
     cfg.OUTPUT_DIR = str(tmp_path)
     assert type(evaluators.build_evaluator(cfg, data[0])) is FastCOCOEvaluator
     monkeypatch.setattr(evaluators, "fast_evaluation_is_there", lambda: False)
-    assert type(evaluators.build_evaluator(cfg, data[0])) is COCOEvaluator
+    assert type(evaluators.build_evaluator(cfg, data[0])) is ReadableCOCOEvaluator
+
+
+@pytest.mark.parametrize("cls", [FastCOCOEvaluator, ReadableCOCOEvaluator])
+@pytest.mark.parametrize("name", [lambda own: f"{own:06d}", lambda own: own + 2**63, lambda own: own - 2**70])
+def test_image_ids_of_any_kind(data, tmp_path, cls, name):
+    expected = evaluate(COCOEvaluator, data, tmp_path / "official")
+    dataset, images, annotations = data
+    metadata = MetadataCatalog.get(dataset)
+    content = json.loads(open(metadata.json_file).read())
+    for record in (*content["images"], *content["annotations"], *images, *annotations):
+        key = "image_id" if "image_id" in record else "id"
+        record[key] = name(record[key])
+    (tmp_path / "named.json").write_text(json.dumps(content))
+    MetadataCatalog.get("named").set(
+        json_file=str(tmp_path / "named.json"),
+        **{key: metadata.get(key) for key in ("thing_classes", "thing_dataset_id_to_contiguous_id")},
+    )
+    try:
+        assert_same(evaluate(cls, ("named", images, annotations), tmp_path / "named"), expected)
+        saved = json.loads((tmp_path / "named" / "coco_instances_results.json").read_text())
+        assert saved[0]["image_id"] == images[0]["id"]  # the user's own
+    finally:
+        MetadataCatalog.remove("named")
+
+
+@pytest.mark.parametrize("cls", [FastCOCOEvaluator, ReadableCOCOEvaluator])
+def test_images_that_could_not_be_read_are_left_out_of_the_figures(data, tmp_path, cls, caplog):
+    name, images, annotations = data
+    evaluator = cls(name, output_dir=str(tmp_path / "some"))
+    evaluator.reset()
+    for number, (item, output) in enumerate(predictions(images, annotations, masks=True, keypoints=True)):
+        evaluator.process([{**item, "unreadable": "why"} if number in (0, 3) else item], [output])
+    kept = [image["id"] for number, image in enumerate(images) if number not in (0, 3)]
+    assert_same(evaluator.evaluate(), evaluate(COCOEvaluator, data, tmp_path / "official", img_ids=kept))
+    assert "2 images could not be read: the figures are of the other 10" in caplog.text
