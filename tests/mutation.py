@@ -263,10 +263,21 @@ def fork(tree: Path, work, seconds: float) -> int | None:
     return None
 
 
-def run_tests(files: list[str]) -> int:
+class _Failed:
+    """A pytest plugin that writes down which test failed."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.file.write_text(report.nodeid)
+
+
+def run_tests(names: list[str], failed: Path) -> int:
     sys.dont_write_bytecode = True
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-W", "ignore"]
-    return pytest.main([*options, *files])
+    return pytest.main([*options, *names], plugins=[_Failed(failed)])
 
 
 @contextlib.contextmanager
@@ -291,15 +302,25 @@ def tests_of(file: str) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def is_noticed(fault: Fault, tree: Path, seconds: float) -> bool:
-    """Whether a test fails, or does not end within ``seconds``, under ``fault``."""
-    path = tree / fault.file
-    right = path.read_bytes()
+def noticed_by(fault: Fault, tree: Path, seconds: float) -> str:
+    """Which test fails under ``fault``, and passes without it; "" where none does.
+
+    Tests that do not end within ``seconds``, or cannot be collected, notice it too.
+    """
+    path, failed = tree / fault.file, tree / "failed.txt"
+    failed.unlink(missing_ok=True)
+    right, files = path.read_bytes(), tests_of(fault.file)
     try:
         path.write_bytes(right[: fault.start] + fault.new.encode() + right[fault.end :])
-        return fork(tree, lambda: run_tests(tests_of(fault.file)), seconds) != 0
+        status = fork(tree, lambda: run_tests(files, failed), seconds)
     finally:
         path.write_bytes(right)
+    if status == 0:
+        return ""
+    test = failed.read_text() if failed.exists() else ""
+    if fork(tree, lambda: run_tests([test] if test else [*files, "--collect-only"], failed), seconds) != 0:
+        sys.exit(f"{test or files} fails without any fault")
+    return test or f"pytest ended with {status}"
 
 
 def _read(name: str) -> dict:
@@ -343,11 +364,10 @@ def main() -> None:
         for fault in sample:
             if fault not in own or results.get(fault.key()) or time.monotonic() > until:
                 continue
-            results[fault.key()] = is_noticed(fault, tree, arguments.limit)
-            results = {**_read("noticed"), fault.key(): results[fault.key()]}
+            found = noticed_by(fault, tree, arguments.limit)
+            results = {**_read("noticed"), fault.key(): found}
             _write("noticed", results)
-            print("noticed" if results[fault.key()] else "NOT NOTICED", f"{fault.file}:{fault.line}", fault.what, "|",
-                  fault.text, flush=True)  # fmt: skip
+            print(f"{fault.file}:{fault.line} {fault.what} | {fault.text} | {found or 'NOT NOTICED'}", flush=True)
     tried = [fault for fault in sample if fault.key() in results]
     survivors = [fault for fault in tried if not results[fault.key()]]
     print(f"\n{len(tried) - len(survivors)} of {len(tried)} faults noticed, of {len(every)} that can be made; "
