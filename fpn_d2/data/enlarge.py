@@ -4,48 +4,42 @@ Pillow interpolates with a triangle: where an image grows, between the two cells
 to 22 bits, stretches the rows, rounds to 8 bits, and does the same with the columns.
 """
 
-import ctypes
 import functools
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fpn_d2.native.build import FOLDER, Source, load
+from fpn_d2.native import memory
+from fpn_d2.native.op import Op, problem
 
-SOURCE = Source(
-    FOLDER / "enlarge_cpu.cpp", flags=("-O3",), does="Enlarging of images", otherwise="in OpenCV"
-)
 _BITS = 22
 _OFFSETS = 16  # of a block, whether it has as many columns or not
 
 
-class _Problem(ctypes.Structure):
-    """``Problem`` of the C++ source."""
-
-    _fields_ = [
-        *[
-            (name, ctypes.c_int64)
-            for name in "height width channels row_stride column_stride channel_stride "
-            "new_height new_width plane_stride".split()
-        ],
-        *[(name, ctypes.c_void_p) for name in "image result starts offsets weights rows row_weights".split()],
-    ]
+def _trial() -> str:
+    if not OP.ask("enlarge_lanes"):
+        return "this processor's vectors are too short"
+    image = (np.arange(13 * 37 * 3) * 89 % 256).astype(np.uint8).reshape(13, 37, 3)
+    expected = np.asarray(Image.fromarray(image).resize((91, 40), Image.BILINEAR))
+    return "" if np.array_equal(_enlarge(image, 40, 91).transpose(1, 2, 0), expected) else "this Pillow has other bits"
 
 
-@functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The compiled library, see :func:`fpn_d2.native.build.load`.
-
-    None as well where this processor gains nothing by it, or this Pillow has other bits.
-    """
-    loaded = load(SOURCE)
-    if loaded is None or not loaded.enlarge_lanes():
-        return None
-    loaded.enlarge_image.argtypes, loaded.enlarge_image.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
-    trial = np.random.default_rng(0).integers(0, 256, (13, 37, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(trial).resize((91, 40), Image.BILINEAR))
-    return loaded if np.array_equal(_enlarge(loaded, trial, 40, 91).transpose(1, 2, 0), expected) else None
+OP = Op(
+    "enlarge",
+    "enlarge_cpu.cpp",
+    flags=("-O3",),
+    does="Enlarging of images",
+    otherwise="in OpenCV",
+    problem=problem(
+        "height width channels row_stride column_stride channel_stride new_height new_width plane_stride",
+        "image result starts offsets weights rows row_weights",
+    ),
+    functions=("enlarge_image",),
+    questions=("enlarge_lanes",),
+    trial=_trial,
+)
+library = OP.library
 
 
 def enlarge(image: np.ndarray, height: int, width: int) -> np.ndarray | None:
@@ -62,21 +56,21 @@ def enlarge(image: np.ndarray, height: int, width: int) -> np.ndarray | None:
     Raises:
         MemoryError: there is too little for a row or two.
     """
-    return None if library() is None else _enlarge(library(), image, height, width)
+    return None if library() is None else _enlarge(image, height, width)
 
 
-def _enlarge(loaded: ctypes.CDLL, image: np.ndarray, height: int, width: int) -> np.ndarray:
-    planes = torch.empty((image.shape[2], height, width), dtype=torch.uint8).numpy()
+def _enlarge(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    planes = memory.empty((image.shape[2], height, width), torch.uint8).numpy()
     rows, row_weights = _taps(image.shape[0], height)
-    starts, offsets, weights = _blocks(image.shape[1], width, loaded.enlarge_lanes())
+    starts, offsets, weights = _blocks(image.shape[1], width, OP.ask("enlarge_lanes"))
     names = ("height", "width", "channels", "row_stride", "column_stride", "channel_stride")
-    problem = _Problem(**dict(zip(names, (*image.shape, *image.strides), strict=True)))
-    problem.new_height, problem.new_width, problem.plane_stride = height, width, planes.strides[0]
-    arrays = {"image": image, "result": planes, "starts": starts, "offsets": offsets, "weights": weights}
-    for name, array in {**arrays, "rows": rows, "row_weights": row_weights}.items():
-        setattr(problem, name, array.ctypes.data)
-    if loaded.enlarge_image(ctypes.byref(problem)):
-        raise MemoryError("enlarging an image: too little memory for its rows")
+    OP.run(
+        "enlarge_image",
+        **dict(zip(names, (*image.shape, *image.strides), strict=True)),
+        **{"new_height": height, "new_width": width, "plane_stride": planes.strides[0]},
+        **{"image": image, "result": planes, "starts": starts, "offsets": offsets, "weights": weights},
+        **{"rows": rows, "row_weights": row_weights},
+    )
     return planes
 
 

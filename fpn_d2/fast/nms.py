@@ -1,33 +1,33 @@
 """Non-maximum suppression: torchvision's result, sooner on a CPU."""
 
-import ctypes
-import functools
-
 import torch
 from torch import Tensor
 from torchvision.ops import boxes as torchvision_boxes
 
-from fpn_d2.native.build import FOLDER, Source, load
+from fpn_d2.native.op import Op, problem
 
-SOURCE = Source(
-    FOLDER / "nms_cpu.cpp",
-    flags=("-O2", "-ffp-contract=off"),
-    does="Non-maximum suppression",
-    otherwise="in torchvision",
-)
 # Up to this many coordinates, torchvision moves the groups apart instead of looking at one after the other.
 _MOVED_APART = 4000
 
 
-@functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library, see :func:`.compiled.load`; a failure is remembered, not tried again."""
-    loaded = load(SOURCE)
-    if loaded:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        loaded.nms_float32.argtypes = [pointer, pointer, number, ctypes.c_double, number, pointer]
-        loaded.nms_float32.restype = number
-    return loaded
+def _trial() -> str:
+    boxes = torch.arange(400.0).view(-1, 4).mul(37).remainder(60)
+    boxes[:, 2:] += boxes[:, :2]
+    expected = torchvision_boxes.nms(boxes, torch.arange(100.0, 0, -1), 0.3)
+    return "" if torch.equal(_best(boxes, None, 0.3, 100), expected) else "other boxes than torchvision's are kept"
+
+
+OP = Op(
+    "nms",
+    "nms_cpu.cpp",
+    flags=("-O2", "-ffp-contract=off"),
+    does="Non-maximum suppression",
+    otherwise="in torchvision",
+    problem=problem("count most", "boxes groups kept", doubles="threshold"),
+    functions=("nms_float32",),
+    trial=_trial,
+)
+library = OP.library
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, most: int | None = None) -> Tensor:
@@ -58,16 +58,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float,
 
 def _best(boxes: Tensor, groups: Tensor | None, threshold: float, most: int) -> Tensor:
     """Indices of the boxes (M, 4) that are kept; those of a group lie behind each other, best first."""
-    boxes = boxes.contiguous()
+    boxes, groups = boxes.contiguous(), None if groups is None else groups.contiguous()
     kept = torch.empty(len(boxes), dtype=torch.int64)
-    number = library().nms_float32(
-        boxes.data_ptr(),
-        None if groups is None else groups.contiguous().data_ptr(),
-        len(boxes),
-        threshold,
-        most,
-        kept.data_ptr(),
-    )
-    if number < 0:
-        raise MemoryError("compiled non-maximum suppression ran out of memory")
-    return kept[:number]
+    tensors = {"boxes": boxes, "groups": groups, "kept": kept}
+    return kept[: OP.run("nms_float32", count=len(boxes), most=most, threshold=threshold, **tensors)]

@@ -4,23 +4,16 @@ Winograd, "Arithmetic complexity of computations", 1980; Lavin and Gray, "Fast a
 networks", CVPR 2016: F(4x4, 3x3) takes 36 products for each 4 x 4 outputs where the sum as it is written takes 144.
 """
 
-import ctypes
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fpn_d2.native.build import FOLDER, Source, load
+from fpn_d2.native import memory
+from fpn_d2.native.op import Op, problem
 
 from . import cpu_maps
 
-SOURCE = Source(
-    FOLDER / "winograd_cpu.cpp",
-    flags=("-O3", "-ffp-contract=fast"),
-    does="3x3 convolution",
-    otherwise="in PyTorch",
-)
 DTYPES = (torch.float32, torch.bfloat16)
 # Vectors are of 16 channels.
 _LANES = 16
@@ -28,31 +21,37 @@ _LANES = 16
 _MIN_TILES, _MIN_TILES_PACKED = 64, 8
 
 
-class _Problem(ctypes.Structure):
-    """``Problem`` of the C++ source."""
+def _trial() -> str:
+    if not OP.ask("winograd_pays"):
+        return "this processor's vectors are too short"
+    x = torch.arange(2.0 * 16 * 9 * 10).view(2, 9, 10, 16).permute(0, 3, 1, 2).sin()
+    weight = torch.arange(32.0 * 16 * 9).view(32, 16, 3, 3).cos()
+    leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = torch.nn.functional.conv2d(*leaves, padding=1)
+    found = _convolve(x, 32, None, weight), _weight_gradient(x, expected.detach().float())
+    wanted = expected.detach(), torch.autograd.grad(expected, leaves[1], expected.detach())[0]
+    errors = [(one - other).abs().max() / other.abs().max() for one, other in zip(found, wanted, strict=True)]
+    return "" if max(errors) < 1e-5 else f"it is wrong by {max(errors):.1g} of the largest number"
 
-    _fields_ = [
-        *[
-            (name, ctypes.c_int64)
-            for name in "num_images height width in_channels out_channels num_threads relu in_bfloat16".split()
-        ],
-        *[(name, ctypes.c_void_p) for name in "input packed weights strides bias output weight_gradient".split()],
-    ]
 
-
-@functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library, see :func:`.compiled.load`; None also where this processor gains nothing by it."""
-    loaded = load(SOURCE)
-    if loaded is None or not loaded.winograd_pays(False):
-        return None
-    for name in ("convolve", "weight_gradient"):
-        for kind in ("float32", "bfloat16"):
-            function = getattr(loaded, f"winograd_{name}_{kind}")
-            function.argtypes, function.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
-    loaded.winograd_pack.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
-    loaded.winograd_pack.restype = ctypes.c_int64
-    return loaded
+OP = Op(
+    "winograd",
+    "winograd_cpu.cpp",
+    flags=("-O3", "-ffp-contract=fast"),
+    does="3x3 convolution",
+    otherwise="in PyTorch",
+    problem=problem(
+        "num_images height width in_channels out_channels num_threads relu in_bfloat16",
+        "input packed weights strides bias output weight_gradient",
+    ),
+    functions=(
+        "winograd_pack",
+        *[f"winograd_{verb}_{kind}" for verb in ("convolve", "weight_gradient") for kind in ("float32", "bfloat16")],
+    ),
+    questions=("winograd_pays", "winograd_has_bfloat16"),
+    trial=_trial,
+)
+library = OP.library
 
 
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> bool:
@@ -80,7 +79,7 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -
         and (x.dtype == weight.dtype if autocast is None else autocast in DTYPES)
         and cpu_maps.is_on()
         and library() is not None
-        and library().winograd_pays((autocast or x.dtype) == torch.bfloat16)
+        and bool(OP.ask("winograd_pays", (autocast or x.dtype) == torch.bfloat16))
     )
 
 
@@ -123,17 +122,15 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool) -> Tens
 def factor_dtype(x: Tensor) -> torch.dtype:
     """The type of what is multiplied for a map: bfloat16 if the map is, and the processor multiplies it."""
     dtype = cpu_maps.autocast_dtype("cpu") or x.dtype
-    return dtype if dtype == torch.bfloat16 and library().winograd_has_bfloat16() else torch.float32
+    return dtype if dtype == torch.bfloat16 and OP.ask("winograd_has_bfloat16") else torch.float32
 
 
 def pack(weight: Tensor, factors: torch.dtype) -> Tensor:
     """Transform weights (C', C, 3, 3) to 36 matrices of C' x C, of type ``factors``, in the order of reading."""
     weight = weight.detach().float()
-    packed = torch.empty(36 * weight.shape[0] * weight.shape[1], dtype=factors)
-    problem, strides = _problem(None, weight, None, factors)
-    problem.in_channels, problem.out_channels = weight.shape[1], weight.shape[0]
-    _run("winograd_pack", problem, packed.data_ptr())
-    del strides  # alive until here
+    packed = memory.empty((36 * weight.shape[0] * weight.shape[1],), factors)
+    sizes = {"out_channels": weight.shape[0], "in_channels": weight.shape[1]}
+    _run("winograd_pack", factors, weights=weight, strides=weight.stride(), output=packed, **sizes)
     return packed
 
 
@@ -198,47 +195,29 @@ def _convolve(
     relu: bool = False,
     packed: Tensor | None = None,
 ) -> Tensor:
-    images, _, height, width = x.shape
-    out = torch.empty((images, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-    weight = None if weight is None else weight.detach().float()
+    out = memory.empty((x.shape[0], out_channels, *x.shape[2:]), x.dtype, channels_last=True)
+    weights = {}
+    if packed is None:
+        weight = weight.detach().float()
+        weights = {"weights": weight, "strides": weight.stride()}
     bias = None if bias is None else bias.detach().float().contiguous()
-    problem, strides = _problem(x, weight, out, factor_dtype(x) if packed is None else packed.dtype)
-    problem.relu, problem.bias = relu, None if bias is None else bias.data_ptr()
-    problem.packed = None if packed is None else packed.data_ptr()
-    _run(f"winograd_convolve_{_name(x)}", problem)
-    del strides
+    factors = factor_dtype(x) if packed is None else packed.dtype
+    _run(f"winograd_convolve_{_name(x)}", factors, x, out, packed=packed, bias=bias, relu=relu, **weights)
     return out
 
 
 def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    out_channels, channels = gradient.shape[1], x.shape[1]
-    result = torch.empty((3, 3, channels, out_channels))
-    problem, strides = _problem(x, None, gradient, factor_dtype(x))
-    problem.weight_gradient = result.data_ptr()
-    _run(f"winograd_weight_gradient_{_name(x)}", problem)
-    del strides
+    result = torch.empty((3, 3, x.shape[1], gradient.shape[1]))
+    _run(f"winograd_weight_gradient_{_name(x)}", factor_dtype(x), x, gradient, weight_gradient=result)
     return result.permute(3, 2, 0, 1)
-
-
-def _problem(
-    x: Tensor | None, weight: Tensor | None, out: Tensor | None, factors: torch.dtype
-) -> tuple[_Problem, object]:
-    """The problem, and what has to stay alive while it is worked on."""
-    problem = _Problem(num_threads=torch.get_num_threads(), in_bfloat16=factors == torch.bfloat16)
-    if x is not None:
-        problem.num_images, problem.in_channels, problem.height, problem.width = x.shape
-        problem.input, problem.output, problem.out_channels = x.data_ptr(), out.data_ptr(), out.shape[1]
-    strides = None
-    if weight is not None:
-        strides = (ctypes.c_int64 * 4)(*weight.stride())
-        problem.weights, problem.strides = weight.data_ptr(), ctypes.addressof(strides)
-    return problem, strides
 
 
 def _name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _run(name: str, problem: _Problem, *args) -> None:
-    if getattr(library(), name)(ctypes.byref(problem), *args):
-        raise MemoryError("compiled 3x3 convolution ran out of memory or threads")
+def _run(function: str, factors: torch.dtype, x: Tensor | None = None, out: Tensor | None = None, **values) -> None:
+    if x is not None:
+        sizes = zip(("num_images", "in_channels", "height", "width"), x.shape, strict=True)
+        values |= {**dict(sizes), "out_channels": out.shape[1], "input": x, "output": out}
+    OP.run(function, num_threads=torch.get_num_threads(), in_bfloat16=factors == torch.bfloat16, **values)

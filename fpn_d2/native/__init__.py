@@ -1,1 +1,1 @@
-"""C++ sources, and the one way to build and load them."""
+"""C++ sources, and the one way to declare, build, load, try and switch them off (``FPN_D2_NATIVE``)."""

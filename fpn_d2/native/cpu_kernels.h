@@ -1,5 +1,5 @@
 // What the compiled operations share: vectors of channels, bfloat16, threads and memory.
-// C++17 with GCC's vector extensions (g++, clang++) and no headers of torch; build.py builds and loads.
+// C++17 with GCC's vector extensions (g++, clang++) and no headers of torch; op.py loads.
 
 #pragma once
 
@@ -98,7 +98,7 @@ inline Parallel& openmp() {
 
 // Call work() in `count` threads and wait for all; the first exception of any is thrown here.
 //
-// The threads are those of the process' OpenMP runtime, if build.py found one. Its threads keep a core busy for some
+// The threads are those of the process' OpenMP runtime, if op.py found one. Its threads keep a core busy for some
 // milliseconds after each of torch's operations, waiting for the next: others would wait for them.
 template <typename Work> void in_threads(int64_t count, const Work& work) {
     std::atomic<bool> failed{false};
@@ -176,12 +176,13 @@ class Workspace {
     Block block_;
 };
 
+// What a function returns: 0, or -1 where memory or threads ran out.
 template <typename Call> int64_t guarded(const Call& call) {
     try {
         call();
         return 0;
     } catch (...) {
-        return 1;
+        return -1;
     }
 }
 

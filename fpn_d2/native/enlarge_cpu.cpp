@@ -163,7 +163,7 @@ void enlarge(const Problem& p) {
 
 extern "C" {
 // The columns of a block; 0 where this processor's vectors are too short for it to be worth while.
-int64_t enlarge_lanes() {
+int64_t enlarge_lanes(int64_t) {
 #if defined(__AVX2__) || defined(__aarch64__)
     return kLanes;
 #else
@@ -171,13 +171,13 @@ int64_t enlarge_lanes() {
 #endif
 }
 
-// Returns 0, or 1 where memory ran out.
+// Returns 0, or -1 where memory ran out.
 int64_t enlarge_image(const Problem* p) {
     try {
         enlarge(*p);
         return 0;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return -1;
     }
 }
 }

@@ -7,6 +7,17 @@
 
 #include "cpu_kernels.h"
 
+extern "C" {
+// Mirrored by ctypes in nms.py.
+struct Problem {
+    int64_t count, most;
+    double threshold;
+    const float* boxes;     // (M, 4), those of a group behind each other, best first
+    const int64_t* groups;  // (M), or null for one group
+    int64_t* kept;          // (M): indices of those kept, at most `most`
+};
+}
+
 namespace {
 
 typedef int32_t Mask16 __attribute__((vector_size(64)));
@@ -16,8 +27,8 @@ constexpr int64_t kLanes = 16;
 inline Float16 larger(Float16 a, Float16 b) { return a < b ? b : a; }
 inline Float16 smaller(Float16 a, Float16 b) { return b < a ? b : a; }
 
-int64_t suppress(const float* boxes, const int64_t* groups, int64_t count, double threshold, int64_t most,
-                 int64_t* kept) {
+int64_t suppress(const Problem& p) {
+    const auto [count, most, threshold, boxes, groups, kept] = p;
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     const Workspace workspace(7 * padded);
     float* x0 = workspace.get();
@@ -56,13 +67,9 @@ int64_t suppress(const float* boxes, const int64_t* groups, int64_t count, doubl
 
 }  // namespace
 
-extern "C" {
-// Boxes (M, 4), those of a group behind each other, best first; their groups (M), or null for one group. Writes the
-// indices of those kept, at most `most`, and returns their number, or -1 where memory ran out.
-int64_t nms_float32(const float* boxes, const int64_t* groups, int64_t count, double threshold, int64_t most,
-                    int64_t* kept) {
+// Returns the number of boxes that are kept, or -1 where memory ran out.
+extern "C" int64_t nms_float32(const Problem* p) {
     int64_t number = 0;
-    const int64_t failed = guarded([&] { number = suppress(boxes, groups, count, threshold, most, kept); });
-    return failed ? -1 : number;
-}
+    const int64_t failed = guarded([&] { number = suppress(*p); });
+    return failed ? failed : number;
 }

@@ -33,6 +33,7 @@ struct Problem {
     void* const* maps;              // (L) pointers to (N, H, W, C)
     const void* rois;               // (M, 5) image index, x0, y0, x1, y1; of the accumulator's type
     const int64_t* level_indices;   // (M)
+    void* pooled;                   // (M) RoIs of pooled cells, or the gradient of them
 };
 }
 
@@ -345,9 +346,9 @@ template <typename T, typename Map> struct UnpoolStep {
     }
 };
 
-template <typename T, typename Map> void pool(const Problem& p, Map* pooled) {
+template <typename T, typename Map> void pool(const Problem& p) {
+    Map* pooled = static_cast<Map*>(p.pooled);
     const std::vector<int64_t> order = local_order<T>(p);
-    advise(pooled, p.num_rois * p.num_channels * p.out_height * p.out_width * sizeof(Map));
     std::atomic<int64_t> next{0};
     in_threads(std::min(p.num_threads, p.num_rois), [&] {
         Roi<T> roi;
@@ -367,7 +368,6 @@ template <typename T> void clear_maps(const Problem& p) {
     for (int64_t level = 0; level < p.num_levels; ++level) {
         T* map = static_cast<T*>(p.maps[level]);
         const int64_t numbers = p.num_images * p.heights[level] * p.widths[level] * p.num_channels;
-        advise(map, numbers * sizeof(T));
         for (int64_t i = 0; i < numbers; i += part) parts.push_back({map + i, std::min(part, numbers - i)});
     }
     std::atomic<size_t> next{0};
@@ -376,7 +376,8 @@ template <typename T> void clear_maps(const Problem& p) {
     });
 }
 
-template <typename T, typename Map> void unpool(const Problem& p, const Map* pooled_gradient) {
+template <typename T, typename Map> void unpool(const Problem& p) {
+    const Map* pooled_gradient = static_cast<const Map*>(p.pooled);
     const std::vector<int64_t> order = local_order<T>(p);
     const T* rois = static_cast<const T*>(p.rois);
     clear_maps<T>(p);
@@ -404,19 +405,13 @@ template <typename T, typename Map> void unpool(const Problem& p, const Map* poo
 
 }  // namespace
 
-// Each returns 0, or 1 where memory or threads ran out. Level and image indices must be in range.
+// Level and image indices must be in range.
 extern "C" {
-int64_t pool_float32(const Problem* p, float* pooled) { return guarded([&] { pool<float, float>(*p, pooled); }); }
-int64_t pool_float64(const Problem* p, double* pooled) { return guarded([&] { pool<double, double>(*p, pooled); }); }
-int64_t pool_bfloat16(const Problem* p, void* pooled) {
-    return guarded([&] { pool<float, BFloat16>(*p, static_cast<BFloat16*>(pooled)); });
-}
+int64_t pool_float32(const Problem* p) { return guarded([&] { pool<float, float>(*p); }); }
+int64_t pool_float64(const Problem* p) { return guarded([&] { pool<double, double>(*p); }); }
+int64_t pool_bfloat16(const Problem* p) { return guarded([&] { pool<float, BFloat16>(*p); }); }
 // `maps` are the gradients to write, whatever they held, of the accumulator's type (float32 for bfloat16).
-int64_t unpool_float32(const Problem* p, float* pooled) { return guarded([&] { unpool<float, float>(*p, pooled); }); }
-int64_t unpool_float64(const Problem* p, double* pooled) {
-    return guarded([&] { unpool<double, double>(*p, pooled); });
-}
-int64_t unpool_bfloat16(const Problem* p, void* pooled) {
-    return guarded([&] { unpool<float, BFloat16>(*p, static_cast<BFloat16*>(pooled)); });
-}
+int64_t unpool_float32(const Problem* p) { return guarded([&] { unpool<float, float>(*p); }); }
+int64_t unpool_float64(const Problem* p) { return guarded([&] { unpool<double, double>(*p); }); }
+int64_t unpool_bfloat16(const Problem* p) { return guarded([&] { unpool<float, BFloat16>(*p); }); }
 }

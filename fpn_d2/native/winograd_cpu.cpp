@@ -155,7 +155,6 @@ template <typename T, typename E> void convolve(const Problem& p) {
     // Strides that are no multiple of a page: caches put addresses a page apart into the same place.
     const int64_t v_stride = block * depth + kLanes, m_stride = block * O + kLanes;
     const std::vector<T> zeros(C, T{});
-    advise(p.output, p.num_images * p.height * p.width * O * sizeof(T));
     std::atomic<int64_t> next{0};
     in_threads(std::min(threads, blocks), [&] {
         const Workspace workspace(kPositions * (v_stride + m_stride));
@@ -251,15 +250,15 @@ int64_t winograd_pays(int64_t bfloat16) {
 #endif
 }
 // Whether the processor multiplies bfloat16, so that `in_bfloat16` may be 1.
-int64_t winograd_has_bfloat16() { return kTerms<NarrowFactor> == 2; }
+int64_t winograd_has_bfloat16(int64_t) { return kTerms<NarrowFactor> == 2; }
 
-// Each returns 0, or 1 where memory or threads ran out. Maps hold at least one number.
-int64_t winograd_pack(const Problem* p, void* packed) {
+// Maps hold at least one number. winograd_pack writes to `output`.
+int64_t winograd_pack(const Problem* p) {
     return guarded([&] {
         if (p->in_bfloat16)
-            pack_weights(*p, static_cast<NarrowFactor*>(packed));
+            pack_weights(*p, static_cast<NarrowFactor*>(p->output));
         else
-            pack_weights(*p, static_cast<float*>(packed));
+            pack_weights(*p, static_cast<float*>(p->output));
     });
 }
 int64_t winograd_convolve_float32(const Problem* p) { return guarded([&] { convolve<float, float>(*p); }); }

@@ -1,6 +1,5 @@
 """Compiled enlarging of images against Pillow, to the bit, and against its definition in whole numbers."""
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -15,17 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_d2.data import enlarge, fast_transforms
-from fpn_d2.native.build import load
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _needs_library():
-    loaded = load(enlarge.SOURCE)
-    if loaded is None or not loaded.enlarge_lanes():
+    if enlarge.library() is None:
         pytest.skip("no C++ compiler on this machine, or short vectors: compiled enlarging is NOT tested")
-    assert enlarge.library() is not None, "not the bits of this Pillow"
 
 
 def pixels(height, width, seed=0, channels=3, extreme=False):
@@ -131,7 +127,7 @@ import os; os._exit(0)
 @pytest.mark.parametrize("width", [47, 48, 49])
 def test_nothing_beside_the_result_is_written(width, monkeypatch):
     memory, number = torch.full((5000,), 99, dtype=torch.uint8), 3 * 20 * width
-    monkeypatch.setattr(enlarge.torch, "empty", lambda shape, dtype: memory[64 : 64 + number].view(shape))
+    monkeypatch.setattr(enlarge.memory, "empty", lambda shape, dtype: memory[64 : 64 + number].view(shape))
     image = pixels(7, 19)
     assert np.array_equal(enlarge.enlarge(image, 20, width), by_pillow(image, 20, width))
     assert (memory[:64] == 99).all() and (memory[64 + number :] == 99).all()
@@ -150,29 +146,28 @@ def test_narrower_vectors(flag, lanes, tmp_path, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("not an x86-64 processor with AVX2: its inner loop is NOT tested")
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path))
-    source = enlarge.SOURCE
-    monkeypatch.setattr(enlarge, "SOURCE", dataclasses.replace(source, flags=(*source.flags, flag)))
-    enlarge.library.cache_clear()
+    monkeypatch.setattr(enlarge.OP, "flags", (*enlarge.OP.flags, flag))
+    enlarge.OP.forget()
     try:
-        assert (enlarge.library() and enlarge.library().enlarge_lanes()) == lanes
+        assert (enlarge.library() and enlarge.OP.ask("enlarge_lanes")) == lanes
         image = pixels(31, 45)
         planes = enlarge.enlarge(image, 64, 83)
         assert planes is None if lanes is None else np.array_equal(planes, by_pillow(image, 64, 83))
     finally:
-        enlarge.library.cache_clear()
+        enlarge.OP.forget()
 
 
 def test_no_memory_is_an_error(monkeypatch):
-    monkeypatch.setattr(enlarge.library(), "enlarge_image", lambda problem: 1)
-    with pytest.raises(MemoryError, match="too little memory"):
+    monkeypatch.setattr(enlarge.library(), "enlarge_image", lambda problem: -1)
+    with pytest.raises(MemoryError, match="Enlarging of images, compiled .enlarge_image., ran out of memory"):
         enlarge.enlarge(pixels(7, 19), 20, 30)
 
 
 def test_a_pillow_with_other_bits_is_left_to_itself(monkeypatch):
     real = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda image, *a: Image.eval(real(image, *a), lambda v: v ^ 1))
-    enlarge.library.cache_clear()
+    enlarge.OP.forget()
     try:
         assert enlarge.library() is None and not fast_transforms.enlarges_to_the_bit()
     finally:
-        enlarge.library.cache_clear()
+        enlarge.OP.forget()

@@ -13,11 +13,11 @@ def own_cache(tmp_path_factory):
         patch.setenv("FPN_D2_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("FPN_D2_ROI_ALIGN", raising=False)
         patch.delenv("FPN_D2_CONV", raising=False)
-        compiled_roi_align.library.cache_clear()
-        winograd.library.cache_clear()
+        compiled_roi_align.OP.forget()
+        winograd.OP.forget()
         yield
-    compiled_roi_align.library.cache_clear()
-    winograd.library.cache_clear()
+    compiled_roi_align.OP.forget()
+    winograd.OP.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """3x3 convolution by minimal filtering against the sum as it is written, in float64."""
 
 import copy
-import dataclasses
 import pickle
 
 import pytest
@@ -146,7 +145,7 @@ def test_autocast():
     x, weight, bias = case(1, 16, 32, 40, 40)
     x.requires_grad_(), weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        assert winograd.pays(x, weight, bias) == winograd.library().winograd_pays(True)
+        assert winograd.pays(x, weight, bias) == bool(winograd.OP.ask("winograd_pays", True))
         out = winograd.conv3x3(x, weight, bias)
     assert out.dtype == torch.bfloat16
     of_x, of_weight = torch.autograd.grad(out.float().sum(), (x, weight))
@@ -288,17 +287,16 @@ def test_narrower_vectors(flags, works, tmp_path, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("not an x86-64 processor with AVX2: its inner loop is NOT tested")
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path))
-    source = winograd.SOURCE
-    monkeypatch.setattr(winograd, "SOURCE", dataclasses.replace(source, flags=(*source.flags, *flags)))
+    monkeypatch.setattr(winograd.OP, "flags", (*winograd.OP.flags, *flags))
     tensors = case(2, 32, 48, 21, 30)
     gradient = torch.randn(2, 48, 21, 30)
     expected = with_gradients(winograd.conv3x3, tensors, gradient)
-    winograd.library.cache_clear()
+    winograd.OP.forget()
     try:
         assert (winograd.library() is not None) == works
         if works:
             for one, other in zip(with_gradients(winograd.conv3x3, tensors, gradient), expected, strict=True):
                 assert_close(one, other.double(), ROUNDING[torch.float32])
     finally:
-        winograd.library.cache_clear()
+        winograd.OP.forget()
     assert len(list(tmp_path.glob("winograd_cpu_*.so"))) == 1

@@ -4,7 +4,6 @@ That filtering is written from the definition of its matrices, with the same fac
 against the convolution, with none rounded.
 """
 
-import dataclasses
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ FACTORS, RESULT = 0.02, 2**-8
 @pytest.fixture(autouse=True)
 def _needs_bfloat16(monkeypatch):
     monkeypatch.delenv(cpu_maps.VARIABLE, raising=False)
-    if winograd.library() is None or not winograd.library().winograd_has_bfloat16():
+    if not winograd.OP.ask("winograd_has_bfloat16"):
         pytest.skip("no C++ compiler, or a processor that does not multiply bfloat16: filtering in it is NOT tested")
 
 
@@ -166,11 +165,10 @@ def test_one_layer_for_maps_of_both_types():
 def test_other_processors(flag, tmp_path, monkeypatch):
     """Those that multiply no bfloat16 take float32; to those that multiply matrices of it PyTorch's is left."""
     monkeypatch.setenv("FPN_D2_CACHE", str(tmp_path))
-    source = winograd.SOURCE
-    monkeypatch.setattr(winograd, "SOURCE", dataclasses.replace(source, flags=(*source.flags, flag)))
+    monkeypatch.setattr(winograd.OP, "flags", (*winograd.OP.flags, flag))
     x, weight, bias = case(2, 32, 48, 41, 50, dtype=torch.bfloat16)
     here = winograd.library().winograd_pays(True)
-    winograd.library.cache_clear()
+    winograd.OP.forget()
     try:
         assert winograd.pays(x.float(), weight.float(), bias.float())
         assert winograd.pays(x, weight, bias) == (here and flag != "-mamx-bf16")
@@ -181,4 +179,4 @@ def test_other_processors(flag, tmp_path, monkeypatch):
             for one, other in zip(with_gradients(winograd.conv3x3, (x, weight, bias), gradient), plain, strict=True):
                 assert_close(one, other, RESULT)
     finally:
-        winograd.library.cache_clear()
+        winograd.OP.forget()

@@ -4,7 +4,6 @@ Shape legend: N images, L levels, M RoIs of all images together, C channels, (h,
 """
 
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -100,8 +99,6 @@ def choose(implementation: str, maps: Sequence[Tensor]) -> str:
     if implementation == "auto":
         if maps[0].dtype not in compiled.DTYPES:
             return "torchvision"
-        if device == "cuda":
-            return "triton" if _triton_fits(maps) else "torchvision"
         if device == "cpu":
             return "compiled" if compiled.library() is not None else "torch"
         return "torchvision"
@@ -109,7 +106,7 @@ def choose(implementation: str, maps: Sequence[Tensor]) -> str:
         why = f"the maps are on {device}" if device != "cpu" else "it could not be built, see the log"
         raise RuntimeError(f"{source} is 'compiled', which runs on a CPU with a C++ compiler: {why}")
     if implementation == "triton" and not _triton_fits(maps):
-        why = "Triton is not installed" if _triton() is None else f"got {len(maps)} maps on {device}"
+        why = "Triton cannot be imported" if _triton() is None else f"got {len(maps)} maps on {device}"
         raise RuntimeError(f"{source} is 'triton', which pools from up to 6 maps on a GPU: {why}")
     return implementation
 
@@ -176,14 +173,11 @@ if hasattr(torch, "compiler"):  # torch 2.1
 
 @functools.lru_cache(maxsize=1)
 def _triton():
-    """Return the module with the Triton kernels; None, with one line in the log, where Triton is missing or broken."""
-    if importlib.util.find_spec("triton") is None:
-        logger.warning("Pooling on GPUs runs one launch per level: Triton is not installed")
-        return None
+    """Return the module with the Triton kernels; None where Triton is missing or does not fit this torch or driver."""
     try:
         from . import triton_roi_align
-    except Exception as error:  # whatever a Triton that does not fit this torch or driver raises
-        logger.warning(f"Pooling on GPUs runs one launch per level: Triton cannot be imported ({error})")
+    except Exception as error:  # whatever such a Triton raises
+        logger.warning(f"Triton cannot be imported: {error}")
         return None
     return triton_roi_align
 
