@@ -249,12 +249,12 @@ def test_a_child_has_the_variables_of_its_row(tmp_path, monkeypatch):
     assert found["failed"] == f"its process ended with 1: {NO_COMPILER['CXX']}"
 
 
-def test_without_a_compiler_nothing_is_compiled(tmp_path, monkeypatch):
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     for name, value in NO_COMPILER.items():
         monkeypatch.setenv(name, value)
     for path in sorted(Path(compiled.__file__).parent.glob("*.cpp")):
         with pytest.raises(OSError, match="no C\\+\\+ compiler"):
-            compiled.build(compiled.Source(path, (), "this", "in torch"), tmp_path)
+            compiled.load(path, (), ())
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
