@@ -27,6 +27,8 @@ setup(
         "compiler": ["ziglang"],
         # The same COCO figures, several times sooner; used as soon as it is there.
         "fast-eval": ["faster-coco-eval>=1.6"],
+        # What writes ONNX files, and what `fpn-d2 export` runs them with.
+        "export": ["onnx", "onnxscript", "onnxruntime", "openvino"],
         # shapely: fvcore crops polygons with it.
         "test": [
             "faster-coco-eval>=1.6",

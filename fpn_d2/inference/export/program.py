@@ -1,0 +1,33 @@
+"""The graph of a detector as an exported program of PyTorch, for any number and size of images."""
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from .graph import DetectorGraph
+
+LARGEST_BATCH, LARGEST_SIDE = 1024, 16384
+
+
+def export_program(graph: DetectorGraph) -> ExportedProgram:
+    """Trace ``graph`` with batch, height and width left open."""
+    from torch.fx.experimental import _config as shapes
+
+    batch = Dim("batch", min=1, max=LARGEST_BATCH)
+    height, width = (Dim(name, min=1, max=LARGEST_SIDE) for name in ("height", "width"))
+    # What layout a map of one column has is asked again and again; so set, no answer is taken for all sizes.
+    with torch.no_grad(), shapes.patch(backed_size_oblivious=True):
+        return torch.export.export(
+            graph,
+            example(graph),
+            dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+
+
+def example(graph: DetectorGraph) -> tuple[Tensor, Tensor]:
+    """Images to trace with: two of no special size."""
+    device = graph.pixel_mean.device
+    channels = graph.pixel_mean.shape[0]
+    images = torch.zeros(2, channels, 165, 333, dtype=torch.uint8, device=device)
+    return images, torch.tensor([[165, 300], [150, 333]], device=device)

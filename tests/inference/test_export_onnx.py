@@ -1,0 +1,111 @@
+"""A detector written as ONNX by the command line, run without Detectron2, against the model it was made from."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpn_d2.cli import main
+from fpn_d2.inference import load
+from tests.inference.test_export import OURS, build, config
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+pytestmark = pytest.mark.slow  # half a minute of tracing
+
+OPTIONS = OURS | {
+    "MODEL.MASK_ON": True,
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4"],
+    "MODEL.FPN.TOP_BLOCK": "none",
+    "MODEL.RPN.IN_FEATURES": ["p3", "p4"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4"],
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32]],
+    "INPUT.MIN_SIZE_TEST": 96,
+    "INPUT.MAX_SIZE_TEST": 128,
+}
+CLASSES = ("ant", "bee", "fly")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with weights.pth, config.yaml, and in exported/ what the command line wrote; and what it printed."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.save({"model": build(OPTIONS).state_dict()}, folder / "weights.pth")
+    (folder / "config.yaml").write_text(config(OPTIONS).dump())
+    command = ["export", str(folder / "weights.pth"), "--output", str(folder / "exported"), "--classes", *CLASSES]
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
+        status = main(command)
+    return folder, status, "\n".join(printed)
+
+
+@pytest.fixture(scope="module")
+def detector(written):
+    spec = importlib.util.spec_from_file_location("onnx_runner", written[0] / "exported" / "onnx_runner.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Detector(str(written[0] / "exported" / "detector.onnx"))
+
+
+def test_the_command_compares_every_stage_and_finds_no_difference(written):
+    _, status, printed = written
+    assert status == 0, printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith("onnxruntime")]
+    assert {"input", "pyramid", "proposals", "detections", "masks"} <= {word for row in rows for word in row}
+    assert all(row[-1] == "yes" for row in rows) and len(rows) == 4 * 7
+    assert "nothing there" not in printed
+
+
+def test_the_file_holds_standard_operators_and_what_its_user_has_to_know(written, detector):
+    model = onnx.load(written[0] / "exported" / "detector.onnx")
+    onnx.checker.check_model(model)
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert {"NonMaxSuppression", "RoiAlign", "TopK"} <= {node.op_type for node in model.graph.node}
+    assert [value.name for value in model.graph.output] == ["boxes", "scores", "classes", "counts", "masks"]
+    assert detector.info["classes"] == list(CLASSES) and detector.info["channels"] == "BGR"
+    assert (detector.info["short_side"], detector.info["long_side"]) == (96, 128)
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+
+
+def test_its_runner_gives_what_our_predictor_gives(written, detector):
+    predictor = load(written[0] / "weights.pth", device="cpu", optimize=False)
+    generator = np.random.default_rng(0)
+    images = []
+    for size in ((150, 110), (64, 200)):
+        noise = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        images.append(noise.resize(size, Image.BICUBIC))
+    for image in images:
+        (found,), expected = detector([image]), predictor(image)
+        assert len(expected) == len(found["scores"]) > 3
+        torch.testing.assert_close(torch.from_numpy(found["scores"]), expected.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(found["boxes"]), expected.pred_boxes.tensor, atol=0.02, rtol=0)
+        assert found["classes"].tolist() == expected.pred_classes.tolist()
+        assert found["masks"].shape == (len(expected), 28, 28)
+    together = list(detector(images))
+    assert [tuple(found["boxes"].shape) for found in together] == [(len(found["scores"]), 4) for found in together]
+    for found, (width, height) in zip(together, ((150, 110), (64, 200)), strict=True):
+        assert found["boxes"][:, 2].max() <= width + 0.01 and found["boxes"][:, 3].max() <= height + 0.01
+        assert found["boxes"][:, 2].max() > width / 2 and found["boxes"][:, 3].max() > height / 2
+
+
+def test_its_runner_needs_neither_detectron2_nor_this_package_nor_torch(written, tmp_path):
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "image.png")
+    exported = written[0] / "exported"
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['detector.onnx', sys.argv[1]]; runpy.run_path('onnx_runner.py', "
+        "run_name='__main__'); assert not {'torch', 'detectron2', 'fpn_d2'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "image.png")], cwd=exported, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert words and all(row[1] in CLASSES and len(row) == 7 for row in words)
