@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.data.scenes import draw_scene
 from fpn_d2.data.shapes import SHAPES
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 SIZE = 64
@@ -64,7 +64,7 @@ def is_there(bottom_up: str) -> bool:
 
 ALL_NECKS = names(NECK_REGISTRY)
 ALL_BOTTOM_UPS = [name for name in sorted(known_bottom_ups()) if name not in PYRAMIDS and is_there(name)]
-ALL_EXTRACTORS = names(LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY)
+ALL_EXTRACTORS = names(ROI_RULE_REGISTRY)
 
 
 def makes_sense(neck: str, bottom_up: str) -> bool:

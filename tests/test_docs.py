@@ -17,7 +17,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.cli import build_parser
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def generate():
 def clean_registries():
     """Take away what a test has registered, so that it can run again in the same process."""
     registries = (
-        *(NECK_REGISTRY, LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY),
+        *(NECK_REGISTRY, ROI_RULE_REGISTRY),
         *(BACKBONE_REGISTRY, ROI_HEADS_REGISTRY),
     )
     before = [{name for name, _ in registry} for registry in registries]
@@ -81,7 +81,7 @@ def test_table_of_models_is_up_to_date(generate):
 
 def test_everything_registered_is_in_the_table_of_models():
     text = (ROOT / "docs" / "models.md").read_text()
-    registries = (NECK_REGISTRY, LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY)
+    registries = (NECK_REGISTRY, ROI_RULE_REGISTRY)
     names = [*known_bottom_ups(), *(name for registry in registries for name, _ in registry)]
     assert len(names) > 15
     for name in names:
@@ -198,8 +198,8 @@ def test_parts_of_the_user_register_through_detectron2(tmp_path):
     (tmp_path / "my_parts.py").write_text("\n".join(parts))
     code = (
         "import detectron2\n"
-        "from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY\n"
-        "print('LongerSide' in LEVEL_ASSIGN_REGISTRY, 'BottomUpPyramid' in NECK_REGISTRY)\n"
+        "from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY\n"
+        "print('LongerSide' in ROI_RULE_REGISTRY, 'BottomUpPyramid' in NECK_REGISTRY)\n"
     )
     env = dict(os.environ, DETECTRON2_ENV_MODULE=str(tmp_path / "my_parts.py"))
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))

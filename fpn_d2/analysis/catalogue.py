@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fpn_d2.analysis.measure.complexity import count_macs, count_parameters
 from fpn_d2.config import add_fpn_d2_config
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY, Neck, build_pooler
+from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY, Neck, build_pooler
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 FORMATS = ("table", "markdown", "json")
@@ -143,7 +143,7 @@ def _work(size: tuple[int, int]) -> Iterator[tuple[Component, Callable[[Componen
                 Component("bottom_up", name, label),
                 lambda row, build=build, cfg=cfg: _measure_bottom_up(row, build, cfg, size),
             )
-    for name in sorted({name for registry in (LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY) for name, _ in registry}):
+    for name in sorted(name for name, _ in ROI_RULE_REGISTRY):
         cfg = _config({"MODEL.ROI_LEVEL_ASSIGN.NAME": name})
         yield Component("roi_extractor", name, "P2 to P5"), lambda row, cfg=cfg: _measure_extractor(row, cfg)
 

@@ -26,7 +26,7 @@ from detectron2.solver import build as solver_build
 from fpn_d2.data.findings import ON_BAD_DATA
 from fpn_d2.errors import UserError, did_you_mean, not_found
 from fpn_d2.fast.apply import NUMERICS
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 from .optimizer import OPTIMIZERS
@@ -121,8 +121,8 @@ def _check_components(cfg: CfgNode) -> None:
     if "ROI" in read:
         _check("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, _names(ROI_HEADS_REGISTRY), list_all=True)
         if model.ROI_HEADS.NAME.startswith("FPN"):
-            rules = [*_names(LEVEL_ASSIGN_REGISTRY), *_names(ROI_EXTRACTOR_REGISTRY)]
-            _check("MODEL.ROI_LEVEL_ASSIGN.NAME", model.ROI_LEVEL_ASSIGN.NAME, rules, list_all=True)
+            rule = model.ROI_LEVEL_ASSIGN.NAME
+            _check("MODEL.ROI_LEVEL_ASSIGN.NAME", rule, _names(ROI_RULE_REGISTRY), list_all=True)
         if model.ROI_BOX_HEAD.NAME:  # empty for the heads that have none, as Res5ROIHeads
             _check("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, _names(ROI_BOX_HEAD_REGISTRY), list_all=True)
         if model.MASK_ON:

@@ -4,22 +4,22 @@
 from .anchors import TorchvisionAnchorGenerator
 from .backbone import build_fpn_backbone
 from .bottom_up import HybridResNetViT, RegNetBackbone, TimmBackbone, ViTBackbone, expected_preprocessing
-from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
-from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, canonical_levels
+from .extractors import ROIExtractor
+from .level_assign import CanonicalLevelAssigner, canonical_levels
 from .necks import FPN, NASFPN, NECK_REGISTRY, PAFPN, BiFPN, ImagePyramid, Neck, SimpleFeaturePyramid, build_neck
 from .poolers import CombiningROIPooler, PyramidROIPooler, build_pooler
 from .retinanet import FPNRetinaNet, TorchvisionRetinaNet
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
+from .roi_rules import ROI_RULE_REGISTRY
 from .rpn import FPNRPN
 
 __all__ = [
     "FPN",
     "FPNRPN",
-    "LEVEL_ASSIGN_REGISTRY",
     "NASFPN",
     "NECK_REGISTRY",
     "PAFPN",
-    "ROI_EXTRACTOR_REGISTRY",
+    "ROI_RULE_REGISTRY",
     "BiFPN",
     "CanonicalLevelAssigner",
     "CombiningROIPooler",

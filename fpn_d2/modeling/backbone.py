@@ -13,7 +13,6 @@ from .bottom_up.names import find_bottom_up
 from .bottom_up.timm_backbone import TimmBackbone
 from .bottom_up.vit import ViTBackbone
 from .necks import Neck, build_neck
-from .swap import refuse_lost_branches
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,6 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Neck:
     Raises:
         ValueError: no such bottom-up pathway or neck, or the two do not fit.
     """
-    refuse_lost_branches(cfg)
     bottom_up = find_bottom_up(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape)
     if isinstance(getattr(bottom_up, "bottom_up", None), Backbone):
         logger.info(

@@ -23,21 +23,13 @@ from collections.abc import Callable, Sequence
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .level_assign import box_areas, fractional_levels
+from .level_assign import CanonicalLevelAssigner, box_areas, fractional_levels
 
 Pool = Callable[..., Tensor]
-
-ROI_EXTRACTOR_REGISTRY = Registry("ROI_EXTRACTOR")
-ROI_EXTRACTOR_REGISTRY.__doc__ = """
-Registry of extractors that combine levels, by the name in ``MODEL.ROI_LEVEL_ASSIGN.NAME``.
-
-A registered function is called as ``extractor(levels, channels, canonical_box_size=..., canonical_level=...,
-adapt_conv=...)`` with the values of MODEL.ROI_LEVEL_ASSIGN and returns an :class:`ROIExtractor`.
-"""
 
 
 class ROIExtractor(nn.Module):
@@ -62,6 +54,11 @@ class ROIExtractor(nn.Module):
         self.levels = tuple(levels)
         self.channels = channels
         self.out_channels = channels if out_channels is None else out_channels
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, levels: Sequence[int], channels: int) -> dict:
+        """Return the arguments of the constructor; override it where there are more."""
+        return {"levels": levels, "channels": channels}
 
     def forward(self, pool: Pool, box_lists: Sequence[Boxes]) -> Tensor:
         """Return (M, out_channels, h, w), RoIs in the order of the images; see the head of this file."""
@@ -92,6 +89,11 @@ class AllMax(ROIExtractor):
             for level in self.levels:
                 self.adapt[f"p{level}"] = conv = nn.Conv2d(channels, channels, 3, padding=1)
                 weight_init.c2_msra_fill(conv)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, levels: Sequence[int], channels: int) -> dict:
+        """Read ``cfg.MODEL.ROI_LEVEL_ASSIGN.ADAPT_CONV``."""
+        return {"levels": levels, "channels": channels, "adapt_conv": cfg.MODEL.ROI_LEVEL_ASSIGN.ADAPT_CONV}
 
     def forward(self, pool: Pool, box_lists: Sequence[Boxes]) -> Tensor:
         """See :class:`ROIExtractor`."""
@@ -217,6 +219,11 @@ class Soft(ROIExtractor):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, levels: Sequence[int], channels: int) -> dict:
+        """Read what the canonical rule reads."""
+        return {"channels": channels} | CanonicalLevelAssigner.from_config(cfg, levels, channels)
+
     def weights(self, areas: Tensor) -> Tensor:
         """Part of each level in each RoI.
 
@@ -253,33 +260,3 @@ class Soft(ROIExtractor):
                 combined = part.new_zeros((weights.shape[0], *part.shape[1:]))
             combined.index_put_((rows,), part, accumulate=True)  # index_add would keep `part` for the backward pass
         return combined
-
-
-@ROI_EXTRACTOR_REGISTRY.register()
-def all_max(levels: Sequence[int], channels: int, *, adapt_conv: bool, **_: float) -> AllMax:
-    """Build adaptive feature pooling."""
-    return AllMax(levels, channels, adapt_conv=adapt_conv)
-
-
-@ROI_EXTRACTOR_REGISTRY.register()
-def all_sum(levels: Sequence[int], channels: int, **_: float) -> AllSum:
-    """Build the sum over all levels."""
-    return AllSum(levels, channels)
-
-
-@ROI_EXTRACTOR_REGISTRY.register()
-def all_concat(levels: Sequence[int], channels: int, **_: float) -> AllConcat:
-    """Build the concatenation of all levels."""
-    return AllConcat(levels, channels)
-
-
-@ROI_EXTRACTOR_REGISTRY.register()
-def groie(levels: Sequence[int], channels: int, **_: float) -> GRoIE:
-    """Build the generic RoI extractor."""
-    return GRoIE(levels, channels)
-
-
-@ROI_EXTRACTOR_REGISTRY.register()
-def soft(levels: Sequence[int], channels: int, *, canonical_box_size: float, canonical_level: int, **_: float) -> Soft:
-    """Build the weighted pair of levels."""
-    return Soft(levels, channels, canonical_box_size=canonical_box_size, canonical_level=canonical_level)

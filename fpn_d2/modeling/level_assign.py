@@ -7,17 +7,9 @@ levels that are pooled, 0 for the finest.
 from collections.abc import Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes
-from detectron2.utils.registry import Registry
 from torch import Tensor
-
-LEVEL_ASSIGN_REGISTRY = Registry("LEVEL_ASSIGN")
-LEVEL_ASSIGN_REGISTRY.__doc__ = """
-Registry of level assigners, by the name in ``MODEL.ROI_LEVEL_ASSIGN.NAME``.
-
-A registered function is called as ``rule(levels, canonical_box_size=..., canonical_level=...)`` and returns what maps
-the boxes of a batch to level indices, see :class:`CanonicalLevelAssigner`.
-"""
 
 # Detectron2 adds it inside the logarithm, which keeps a box without area from giving minus infinity.
 EPSILON = 1e-8
@@ -119,6 +111,16 @@ class CanonicalLevelAssigner:
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, levels: Sequence[int], channels: int) -> dict:
+        """Read ``cfg.MODEL.ROI_LEVEL_ASSIGN``."""
+        assign = cfg.MODEL.ROI_LEVEL_ASSIGN
+        return {
+            "levels": levels,
+            "canonical_box_size": assign.CANONICAL_BOX_SIZE,
+            "canonical_level": assign.CANONICAL_LEVEL,
+        }
+
     def __call__(self, box_lists: Sequence[Boxes]) -> Tensor:
         """Assign the boxes of a batch.
 
@@ -140,18 +142,17 @@ class CanonicalLevelAssigner:
         )
 
 
-@LEVEL_ASSIGN_REGISTRY.register()
-def canonical(levels: Sequence[int], canonical_box_size: float, canonical_level: int) -> CanonicalLevelAssigner:
-    """Build the paper's rule, the default."""
-    return CanonicalLevelAssigner(levels, canonical_box_size, canonical_level)
-
-
 class FinestLevelAssigner:
     """Every RoI on the finest pooled level: one map has to serve objects of all sizes."""
 
-    def __init__(self, levels: Sequence[int], canonical_box_size: float = 224, canonical_level: int = 4):
-        """Keep the levels; the other two arguments are those of every rule and have no meaning here."""
+    def __init__(self, levels: Sequence[int]):
+        """Keep the levels that are pooled, ascending."""
         self.levels = tuple(levels)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, levels: Sequence[int], channels: int) -> dict:
+        """Read nothing."""
+        return {"levels": levels}
 
     def __call__(self, box_lists: Sequence[Boxes]) -> Tensor:
         """Return (M,) zeros, int64: the level index of all boxes."""
@@ -162,12 +163,6 @@ class FinestLevelAssigner:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(levels={self.levels})"
-
-
-@LEVEL_ASSIGN_REGISTRY.register()
-def finest(levels: Sequence[int], canonical_box_size: float, canonical_level: int) -> FinestLevelAssigner:
-    """Build the rule that knows one level."""
-    return FinestLevelAssigner(levels, canonical_box_size, canonical_level)
 
 
 def box_areas(boxes: Boxes) -> Tensor:

@@ -6,22 +6,31 @@ Shape legend: N images, L levels, M RoIs of all images together, C channels, (h,
     pooled     (M, C, h, w), RoIs in the order of the images
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ROIAlign, ROIAlignRotated, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torchvision.ops import RoIPool
 
-from fpn_d2.errors import UserError
+from fpn_d2.errors import UserError, did_you_mean
 from fpn_d2.fast.guard import of_class
 
-from .extractors import ROI_EXTRACTOR_REGISTRY, ROIExtractor
-from .level_assign import LEVEL_ASSIGN_REGISTRY, CanonicalLevelAssigner, check_finite
+from .extractors import ROIExtractor
+from .level_assign import CanonicalLevelAssigner, check_finite
+from .roi_rules import build_rule, combines_levels
+
+# Detectron2's operations for the map of one level, by POOLER_TYPE: size of the output, scale of the map, samples.
+_OPERATIONS = {
+    "ROIAlignV2": lambda size, scale, samples: ROIAlign(size, scale, samples, aligned=True),
+    "ROIAlign": lambda size, scale, samples: ROIAlign(size, scale, samples, aligned=False),
+    "ROIPool": lambda size, scale, samples: RoIPool(size, scale),
+    "ROIAlignRotated": lambda size, scale, samples: ROIAlignRotated(size, scale, samples),
+}
 
 
 class PyramidROIPooler(ROIPooler):
@@ -57,12 +66,16 @@ class PyramidROIPooler(ROIPooler):
         if not levels or any(level % 1 for level in levels) or levels != sorted(set(levels)):
             strides = [1 / scale for scale in scales]
             raise ValueError(f"the maps to pool from have strides {strides}; expected ascending powers of 2")
-        # Detectron2's constructor takes levels without gaps only; its poolers are the same for each level alone.
-        super().__init__(size, scales[:1], sampling_ratio, pooler_type)
-        for scale in scales[1:]:
-            self.level_poolers.extend(ROIPooler(size, [scale], sampling_ratio, pooler_type).level_poolers)
+        if pooler_type not in _OPERATIONS:
+            raise UserError(
+                f"POOLER_TYPE is {pooler_type!r}{did_you_mean(str(pooler_type), _OPERATIONS)}; expected one of "
+                f"{', '.join(_OPERATIONS)}"
+            )
+        nn.Module.__init__(self)  # Detectron2's constructor takes levels without gaps only
+        self.level_poolers = nn.ModuleList(_OPERATIONS[pooler_type](size, scale, sampling_ratio) for scale in scales)
+        self.output_size = size
         self.levels = tuple(int(level) for level in levels)
-        self.max_level = self.levels[-1]
+        self.min_level, self.max_level = self.levels[0], self.levels[-1]
         self.assigner = assigner(self.levels)
 
     def forward(self, x: Sequence[Tensor], box_lists: Sequence[Boxes]) -> Tensor:
@@ -206,58 +219,12 @@ def build_pooler(
     Raises:
         ValueError: no such rule, or the backbone does not give the maps asked for.
     """
-    assign = cfg.MODEL.ROI_LEVEL_ASSIGN
     names = cfg.MODEL.ROI_HEADS.IN_FEATURES
-    common = {
-        "output_size": output_size,
-        "scales": [1.0 / input_shape[name].stride for name in names],
-        "sampling_ratio": sampling_ratio,
-        "pooler_type": pooler_type,
-    }
-    if combines_levels(assign.NAME):
-        return CombiningROIPooler(
-            **common, extractor=lambda levels: _build_extractor(cfg, levels, input_shape[names[0]].channels)
-        )
-    rule = LEVEL_ASSIGN_REGISTRY.get(assign.NAME)
-    return PyramidROIPooler(
-        **common,
-        assigner=lambda levels: rule(
-            levels, canonical_box_size=assign.CANONICAL_BOX_SIZE, canonical_level=assign.CANONICAL_LEVEL
-        ),
-    )
-
-
-def combines_levels(name: str) -> bool:
-    """Whether ``name`` (MODEL.ROI_LEVEL_ASSIGN.NAME) is an extractor rather than a rule that gives one level.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if name in LEVEL_ASSIGN_REGISTRY:
-        return False
-    if name in ROI_EXTRACTOR_REGISTRY:
-        return True
-    known = sorted(key for registry in (LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY) for key, _ in registry)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f", did you mean {near[0]}" if near else ""
-    raise ValueError(f"MODEL.ROI_LEVEL_ASSIGN.NAME is {name!r}{hint}; known rules: {', '.join(known)}")
-
-
-def extracted_channels(cfg: CfgNode, channels: int) -> int:
-    """Channels that the heads see of RoIs that are pooled from maps of ``channels``, under ``cfg``."""
-    if not combines_levels(cfg.MODEL.ROI_LEVEL_ASSIGN.NAME):
-        return channels
-    # On "meta" it draws no random numbers and takes no memory.
-    with torch.device("meta"):
-        return _build_extractor(cfg, range(len(cfg.MODEL.ROI_HEADS.IN_FEATURES)), channels).out_channels
-
-
-def _build_extractor(cfg: CfgNode, levels: Sequence[int], channels: int) -> ROIExtractor:
-    assign = cfg.MODEL.ROI_LEVEL_ASSIGN
-    return ROI_EXTRACTOR_REGISTRY.get(assign.NAME)(
-        levels,
-        channels,
-        canonical_box_size=assign.CANONICAL_BOX_SIZE,
-        canonical_level=assign.CANONICAL_LEVEL,
-        adapt_conv=assign.ADAPT_CONV,
+    pooler, rule = (CombiningROIPooler, "extractor") if combines_levels(cfg) else (PyramidROIPooler, "assigner")
+    return pooler(
+        output_size,
+        scales=[1.0 / input_shape[name].stride for name in names],
+        sampling_ratio=sampling_ratio,
+        pooler_type=pooler_type,
+        **{rule: lambda levels: build_rule(cfg, levels, input_shape[names[0]].channels)},
     )

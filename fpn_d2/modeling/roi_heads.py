@@ -15,7 +15,9 @@ from torch import nn
 from fpn_d2.fast.apply import numerics, speed_up
 from fpn_d2.fast.guard import of_class
 
-from .poolers import build_pooler, extracted_channels
+from .poolers import build_pooler
+from .roi_rules import extracted_channels
+from .swap import refuse_lost_branches
 
 
 class _PyramidPoolers:
@@ -39,6 +41,7 @@ class _PyramidPoolers:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        refuse_lost_branches(cfg)
         names = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_maps(names, input_shape)
         seen = _as_extracted(cfg, input_shape)
@@ -81,8 +84,9 @@ def _check_maps(names: list[str], input_shape: dict[str, ShapeSpec]) -> None:
 
 def _as_extracted(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, ShapeSpec]:
     """The maps with the channels that the heads see, for extractors that pass on more than those of one map."""
-    channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-    extracted = extracted_channels(cfg, channels)
+    shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+    channels = shapes[0].channels
+    extracted = extracted_channels(cfg, [int(math.log2(shape.stride)) for shape in shapes], channels)
     if extracted == channels:
         return input_shape
     for branch, there in (("MASK", cfg.MODEL.MASK_ON), ("KEYPOINT", cfg.MODEL.KEYPOINT_ON)):

@@ -11,7 +11,7 @@ from torch import nn
 from fpn_d2.analysis import catalogue as components
 from fpn_d2.analysis import count_macs, count_parameters
 from fpn_d2.analysis.catalogue import Component, list_components, show
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY, Neck
+from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY, Neck
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 SIZE = (128, 192)
@@ -32,7 +32,7 @@ def test_everything_registered_is_listed_and_built(rows):
 
     assert names("neck") == {name for name, _ in NECK_REGISTRY}
     assert names("bottom_up") == set(known_bottom_ups())
-    assert names("roi_extractor") == {name for r in (LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY) for name, _ in r}
+    assert names("roi_extractor") == {name for name, _ in ROI_RULE_REGISTRY}
     # Detectron2's main branch has what these need.
     assert all(not row.error or row.name.startswith("build_d2_") for row in rows), [row for row in rows if row.error]
 

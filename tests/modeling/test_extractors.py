@@ -9,14 +9,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 from torchvision.ops import roi_align
 
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY, CombiningROIPooler, build_pooler
+from fpn_d2.errors import UserError
+from fpn_d2.modeling import ROI_RULE_REGISTRY, CombiningROIPooler, build_pooler
 from fpn_d2.modeling.extractors import AllMax, GRoIE, ROIExtractor, Soft
+from fpn_d2.modeling.roi_rules import extracted_channels
 
 from .test_poolers import box_lists, maps
 from .test_roi_heads import config
 
-EXTRACTORS = sorted(name for name, _ in ROI_EXTRACTOR_REGISTRY)
-NAMES = sorted(name for name, _ in LEVEL_ASSIGN_REGISTRY) + EXTRACTORS
+NAMES = sorted(name for name, _ in ROI_RULE_REGISTRY)
+EXTRACTORS = [name for name in NAMES if issubclass(ROI_RULE_REGISTRY.get(name), ROIExtractor)]
 WITH_PARAMETERS = ["all_max", "groie"]
 C = 3
 
@@ -122,8 +124,7 @@ def row_by_row(name, x, lists, pooler):
 
 def test_every_registered_name_has_a_reference():
     """A rule or an extractor that is added gets its reference here; everything below then tests it."""
-    assert sorted(REFERENCES) == sorted(NAMES)
-    assert not {name for name, _ in LEVEL_ASSIGN_REGISTRY} & set(EXTRACTORS)
+    assert sorted(REFERENCES) == NAMES
 
 
 def cases():
@@ -287,11 +288,8 @@ def test_soft_pools_a_roi_only_from_levels_it_has_a_part_of():
 
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_plain_arguments_build_what_the_configuration_builds(name):
-    build = ROI_EXTRACTOR_REGISTRY.get(name)
-    arguments = {"canonical_box_size": 224, "canonical_level": 4, "adapt_conv": True}
-    pooler = CombiningROIPooler(
-        (2, 3), [1 / 4, 1 / 8, 1 / 16, 1 / 32], 2, "ROIAlignV2", lambda ks: build(ks, C, **arguments)
-    )
+    build = ROI_RULE_REGISTRY.get(name)
+    pooler = CombiningROIPooler((2, 3), [1 / 4, 1 / 8, 1 / 16, 1 / 32], 2, "ROIAlignV2", lambda ks: build(ks, C))
     from_config = pooler_of(name)
     pooler.load_state_dict(from_config.state_dict(), strict=True)
     assert isinstance(pooler.extractor, ROIExtractor)
@@ -355,3 +353,71 @@ def test_memory_kept_for_the_backward_pass_is_as_documented(name, adapt_conv, ke
     one = 50 * channels * cells * 4
     assert given in (0, out.numel() * 4)
     assert sum(saved.values()) / one == pytest.approx(kept(4, cells / channels), abs=0.05)
+
+
+# ---- A rule of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rule_of_ones_own(monkeypatch):
+    def register(rule):
+        monkeypatch.setitem(ROI_RULE_REGISTRY._obj_map, "own", rule)
+        return config("MODEL.ROI_LEVEL_ASSIGN.NAME", "own")
+
+    return register
+
+
+def build(cfg):
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p4"]
+    shapes = {name: ShapeSpec(channels=C, stride=2 ** int(name[1])) for name in ("p2", "p3", "p4")}
+    return build_pooler(cfg, shapes, output_size=2, sampling_ratio=2, pooler_type="ROIAlignV2")
+
+
+def test_a_rule_reads_keys_of_its_own(rule_of_ones_own):
+    class Coarsest:
+        def __init__(self, levels, offset):
+            self.levels, self.offset = levels, offset
+
+        @classmethod
+        def from_config(cls, cfg, levels, channels):
+            assert channels == C
+            return {"levels": levels, "offset": cfg.MODEL.ROI_LEVEL_ASSIGN.MY_OFFSET}
+
+    cfg = rule_of_ones_own(Coarsest)
+    cfg.MODEL.ROI_LEVEL_ASSIGN.MY_OFFSET = 7
+    assigner = build(cfg).assigner
+    assert type(assigner) is Coarsest and (assigner.levels, assigner.offset) == ((2, 4), 7)
+
+
+def test_an_extractor_reads_keys_of_its_own_and_the_heads_are_built_for_it(rule_of_ones_own):
+    class Twice(ROIExtractor):
+        def __init__(self, levels, channels, times):
+            super().__init__(levels, channels, out_channels=times * channels)
+
+        @classmethod
+        def from_config(cls, cfg, levels, channels):
+            return super().from_config(cfg, levels, channels) | {"times": cfg.MODEL.ROI_LEVEL_ASSIGN.MY_TIMES}
+
+        def forward(self, pool, box_lists):
+            return torch.cat([pool(0)] * (self.out_channels // self.channels), dim=1)
+
+    cfg = rule_of_ones_own(Twice)
+    cfg.MODEL.ROI_LEVEL_ASSIGN.MY_TIMES = 3
+    assert build(cfg).extractor.levels == (2, 4)
+    assert extracted_channels(cfg, (2, 4), C) == 3 * C
+
+
+@pytest.mark.parametrize("rule", [lambda levels, channels: None, type("Bare", (), {})])
+def test_what_cannot_be_built_from_a_configuration_is_refused(rule_of_ones_own, rule):
+    with pytest.raises(UserError, match="ROI_LEVEL_ASSIGN.NAME own: expected a class with from_config"):
+        build(rule_of_ones_own(rule))
+
+
+def test_an_option_that_is_misspelt_is_an_error(rule_of_ones_own):
+    class Misspelt(AllMax):
+        @classmethod
+        def from_config(cls, cfg, levels, channels):
+            return {"levels": levels, "channels": channels, "adpt_conv": False}
+
+    with pytest.raises(TypeError, match="adpt_conv"):
+        build(rule_of_ones_own(Misspelt))

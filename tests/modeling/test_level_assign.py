@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpn_d2.modeling.level_assign import (
-    LEVEL_ASSIGN_REGISTRY,
     CanonicalLevelAssigner,
+    FinestLevelAssigner,
     canonical_levels,
     check_finite,
 )
@@ -147,15 +147,15 @@ def test_construction_refuses(arguments):
 
 
 def test_finest_names_one_level_whatever_the_size():
-    assigner = LEVEL_ASSIGN_REGISTRY.get("finest")((3, 5), canonical_box_size=56, canonical_level=2)
+    assigner = FinestLevelAssigner((3, 5))
     levels = assigner([square(3.0), Boxes(torch.zeros(0, 4)), Boxes(torch.tensor([[0.0, 0, 500, 500], [0, 0, 9, 9]]))])
     assert levels.dtype == torch.int64 and levels.tolist() == [0, 0, 0]
     assert assigner([]).shape == (0,) and assigner([]).dtype == torch.int64
     assert "(3, 5)" in repr(assigner)
 
 
-def test_registry_default():
-    assigner = LEVEL_ASSIGN_REGISTRY.get("canonical")(LEVELS, canonical_box_size=56, canonical_level=2)
+def test_another_size_and_level():
+    assigner = CanonicalLevelAssigner(LEVELS, canonical_box_size=56, canonical_level=2)
     assert assigner([square(56.0)]).tolist() == [0]
     assert assigner([square(112.0)]).tolist() == [1]
     assert "canonical_box_size=56" in repr(assigner)

@@ -190,5 +190,5 @@ def test_construction_refuses(arguments):
 
 
 def test_unknown_pooler_type():
-    with pytest.raises(ValueError, match="Unknown pooler type"):
+    with pytest.raises(ValueError, match="POOLER_TYPE is .ROIWarp.*expected one of ROIAlignV2, ROIAlign"):
         PyramidROIPooler(7, [1 / 4], 0, "ROIWarp")

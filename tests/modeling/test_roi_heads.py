@@ -121,7 +121,7 @@ def test_output_size_that_no_head_can_take():
         (["MODEL.ROI_HEADS.IN_FEATURES", []], "expected maps"),
         (
             ["MODEL.ROI_LEVEL_ASSIGN.NAME", "canonicle"],
-            "'canonicle', did you mean canonical; known rules: .*all_max.*canonical, finest",
+            r"'canonicle' .did you mean canonical.*; known rules: .*all_max.*canonical, finest",
         ),
         (["MODEL.ROI_LEVEL_ASSIGN.NAME", "xyz"], "'xyz'; known rules: .*soft"),
         (["MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE", 0], "CANONICAL_BOX_SIZE.* is 0"),

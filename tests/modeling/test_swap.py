@@ -201,6 +201,7 @@ def test_heads_that_would_drop_a_branch_are_refused(heads):
     cfg = stock_config("build_resnet_fpn_backbone", ("res2", "res3", "res4", "res5"))
     fpn_d2.swap(cfg)
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2"]
     cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.DENSEPOSE_ON = heads, True
     with pytest.raises(UserError, match=f"MODEL.DENSEPOSE_ON is True.*{heads}.*DensePoseROIHeads"):
         build_model(cfg)

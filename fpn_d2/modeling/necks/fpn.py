@@ -222,7 +222,7 @@ class FPN(Neck, Detectron2FPN):
 
     def _computes_detectron2s(self) -> bool:
         """Whether Detectron2's FPN with these modules gives the same maps."""
-        own = type(self)
-        plain = (own.forward, own.fuse, own._outputs) == (Neck.forward, FPN.fuse, FPN._outputs)
+        own = type(self)  # of a fast one the plain class
+        plain = (own.forward, own.fuse, own._outputs, own.merge) == (Neck.forward, FPN.fuse, FPN._outputs, FPN.merge)
         whole = self.top_down and self._lateral_levels == self._output_levels == self.levels
         return plain and whole and self.upsample == "nearest"

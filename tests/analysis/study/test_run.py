@@ -18,7 +18,7 @@ from fpn_d2.analysis.study import worker as study_run
 from fpn_d2.analysis.study.run import CONFIGS, run_study, variants_in
 from fpn_d2.analysis.subjects import random_batch
 from fpn_d2.data.scenes import make_scenes
-from fpn_d2.modeling import LEVEL_ASSIGN_REGISTRY, NECK_REGISTRY, ROI_EXTRACTOR_REGISTRY
+from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 
 SMALL = {"train_scenes": 2, "val_scenes": 1, "time_pairs": 2}
 AP = {("fpn", 1): 40.0, ("fpn", 2): 44.0, ("c4", 1): 30.0, ("c4", 2): 31.0, ("only_p2", 1): 35.0, ("only_p2", 2): 36.0}
@@ -199,7 +199,7 @@ def test_every_neck_and_extractor_has_a_variant():
     for path in variants_in(CONFIGS).values():
         keys = study.changed_keys(path, [])
         used |= {keys.get("MODEL.FPN.NECK"), keys.get("MODEL.ROI_LEVEL_ASSIGN.NAME")}
-    for registry in (NECK_REGISTRY, LEVEL_ASSIGN_REGISTRY, ROI_EXTRACTOR_REGISTRY):
+    for registry in (NECK_REGISTRY, ROI_RULE_REGISTRY):
         assert {name for name, _ in registry} <= used, "add a config to configs/study"
     assert list(variants_in(CONFIGS))[:7] == list(study.ORDER)
 
