@@ -1,14 +1,10 @@
 """The check of a data set by its name, whatever it is: a json, a folder, or one that is registered."""
 
 import dataclasses
-import numbers
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
+from detectron2.data import DatasetCatalog
 
 from fpn_d2.errors import UserError, did_you_mean, not_found, shown
 
@@ -16,6 +12,7 @@ from .coco_annotations import CheckOptions
 from .coco_check import CocoCheck, check_coco, check_voc
 from .defects import FILL, MEND, SKIP, STOP
 from .json_stream import write_records
+from .registered import check_registered
 
 
 def check_set(
@@ -70,67 +67,3 @@ def fix_set(source: str, options: CheckOptions, found: CocoCheck, target: str, *
     write_records(found.repaired(), Path(target))
     changes += [f"{fate}: {found.report.phrase(fate)}" for fate in (SKIP, MEND, FILL) if found.report.kinds(fate)]
     return "\n".join([f"Repaired copy: {target}", *(changes or ["nothing had to be changed"])])
-
-
-def check_registered(name: str, options: CheckOptions) -> CocoCheck:
-    """Check a set that Detectron2's catalog knows: its json where it is in COCO's format, else its records."""
-    metadata = MetadataCatalog.get(name)
-    json_file, root = metadata.get("json_file"), metadata.get("image_root")
-    if metadata.get("evaluator_type") == "coco" and json_file and os.path.isfile(json_file) and os.path.isdir(root):
-        return check_coco(Path(json_file), Path(root), options)
-    try:
-        dicts = DatasetCatalog.get(name)
-    except Exception as error:  # a function of the user's
-        reason = f"{type(error).__name__}: {shown(str(error), 300)}"
-        raise UserError(f"data set {name} cannot be loaded: {reason}") from error
-    return check_dicts(dicts, name, MetadataCatalog.get(name).get("thing_classes") or [], options)
-
-
-def check_dicts(dicts: list[dict], name: str, classes: list[str], options: CheckOptions) -> CocoCheck:
-    """Check records in Detectron2's standard format.
-
-    Annotations are numbered from 1, over all images; images are numbered where they have no ids of their own.
-    """
-    content = CocoCheck(
-        lambda: _as_coco(dicts, classes), name, Path("/"), dataclasses.replace(options, outside=True)
-    )
-    content.run()
-    return content
-
-
-def _as_coco(dicts: list[dict], classes: list[str]) -> Iterator[tuple[str, int | None, Any]]:
-    yield "info", None, {}
-    yield "categories", None, []
-    yield from (("categories", i, {"id": i + 1, "name": class_name}) for i, class_name in enumerate(classes))
-    yield "images", None, []
-    for index, record in enumerate(dicts):
-        size = {key: record[key] for key in ("width", "height") if key in record}
-        own = record.get("image_id", index)
-        yield "images", index, {"id": own, "file_name": _absolute(record.get("file_name")), **size}
-    yield "annotations", None, []
-    number = 0
-    for index, record in enumerate(dicts):
-        for annotation in record.get("annotations") or ():
-            number += 1
-            yield "annotations", number - 1, _annotation(annotation, record.get("image_id", index), number)
-
-
-def _absolute(name: Any) -> Any:
-    return os.path.abspath(name) if isinstance(name, (str, os.PathLike)) else name
-
-
-def _annotation(annotation: dict, image_id: Any, number: int) -> dict:
-    category, box = annotation.get("category_id"), annotation.get("bbox")
-    try:
-        box = BoxMode.convert(list(map(float, box)), annotation.get("bbox_mode"), BoxMode.XYWH_ABS)
-    except Exception:  # of another kind, which the check names
-        box = list(box) if isinstance(box, (list, tuple)) else box
-    record = {
-        "id": number,
-        "image_id": image_id,
-        "category_id": int(category) + 1 if isinstance(category, numbers.Integral) else category,
-        "bbox": box,
-        "iscrowd": annotation.get("iscrowd", 0),
-        "area": box[2] * box[3] if isinstance(box, list) and len(box) == 4 and all(box) else None,
-    }
-    return {**record, **{key: annotation[key] for key in ("segmentation", "keypoints") if key in annotation}}

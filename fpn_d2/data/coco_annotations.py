@@ -1,5 +1,6 @@
 """Checks the annotations of a COCO-format set one by one; see ``coco_check`` for the whole."""
 
+import array
 import dataclasses
 import math
 from collections import Counter
@@ -49,6 +50,7 @@ class AnnotationCheck:
     Attributes:
         kept: Counts of what is kept: objects, crowds, run_lengths and bare (objects without a mask).
         boxes: Counts of boxes: all, over (ending outside their images), corners (that they could be).
+        extents: Width and height of each object that is kept, and of its image, one after the other.
         number_them: Whether there was one without an id that COCO's tools can use.
     """
 
@@ -78,6 +80,7 @@ class AnnotationCheck:
         self.number_them = False
         self.kept: Counter = Counter()
         self.boxes: Counter = Counter()
+        self.extents = array.array("f")
 
     def are_corners(self) -> bool:
         """Whether all boxes together look like x1 y1 x2 y2."""
@@ -204,6 +207,8 @@ class AnnotationCheck:
             self._note("mask_broken", f"{len(mask)} usable polygons are left", of, own)
         self.kept["crowds" if crowd else "objects"] += 1
         self.kept["run_lengths"] += isinstance(mask, dict) and not crowd
+        if not crowd and image.width:
+            self.extents.extend((*box[2:], image.width, image.height))
         if crowd:
             self._note("crowd", "an iscrowd region", of, own)
         if self._options.masks and not mask:

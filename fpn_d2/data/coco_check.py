@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fpn_d2.errors import shown, shown_value
 
 from .coco_annotations import DROP, FARTHEST, LARGEST_ID, AnnotationCheck, CheckOptions, ImageEntry
@@ -33,6 +35,8 @@ class CocoCheck:
         report: The findings.
         changed: Whether `repaired` differs from what was read.
         stopped: Whether something was found after which the rest means nothing.
+        extents: (N, 4): width and height of each object that is kept, and of its image, in pixels; crowds left out.
+        objects: Number of annotations that are kept of each image.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class CocoCheck:
         self.report = Report(source)
         self.changed = False
         self.stopped = False
+        self.extents = np.zeros((0, 4), np.float32)
+        self.objects: list[int] = []
         self._records = records
         self._folder = image_folder
         self._options = options
@@ -294,6 +300,8 @@ class CocoCheck:
         for own, image in self._images.items():
             if image.objects > _MANY_OBJECTS:
                 self._note("many_objects", f"{image.objects} annotations: memory grows with them times anchors", own)
+        self.extents = np.frombuffer(found.extents, np.float32).reshape(-1, 4)
+        self.objects = [image.objects for image in self._images.values() if image.usable]
         self._judge_the_whole(found)
 
     def _judge_the_whole(self, found: AnnotationCheck) -> None:

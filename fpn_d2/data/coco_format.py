@@ -7,9 +7,7 @@ written to ``<OUTPUT_DIR>/data_sets``, and beside it the list of all that was me
 """
 
 import difflib
-import hashlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,11 @@ from fpn_d2.files import locate
 
 from .coco_annotations import CheckOptions
 from .coco_check import CocoCheck, check_coco, check_voc
-from .findings import refuse, say
+from .findings import file_about, refuse, say
+from .fit import misfits
 from .json_stream import write_records
+from .registered import settle_registered
+from .remembered import recall, remember
 
 # Name -> (where its data come from, the state of those files and of the keys that matter): what this process knows.
 _registered: dict[str, tuple[tuple, tuple]] = {}
@@ -52,6 +53,21 @@ def register_from_config(cfg: CfgNode) -> None:
                 raise ValueError(f"DATASETS.COCO_FORMAT and VOC_FORMAT name the data set {entry['NAME']!r} twice.")
             seen.add(entry["NAME"])
             register(cfg, entry)
+
+
+def check_others(cfg: CfgNode, *, train: bool) -> None:
+    """Check the data sets that are registered elsewhere; see `settle_registered`.
+
+    Args:
+        cfg: The configuration; its own data sets are registered, and so have been checked.
+        train: Whether DATASETS.TRAIN is used as well as DATASETS.TEST.
+
+    Raises:
+        UserError: A set cannot be used, or has defects and DATASETS.ON_BAD_DATA is "error".
+    """
+    for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
+        if name not in _registered:
+            settle_registered(cfg, name, training=train and name in cfg.DATASETS.TRAIN)
 
 
 def class_names(cfg: CfgNode) -> list[str]:
@@ -211,20 +227,29 @@ def _register(
     elif name in DatasetCatalog.list():
         raise ValueError(f"The data set name {name!r} is taken by Detectron2 or your own code; choose another one.")
 
-    found = check(options)
-    refuse(found.report, cfg.DATASETS.ON_BAD_DATA)
-    if found.changed or json_file is None:
-        json_file = _file_about(cfg, name, ".json")
-        write_records(found.repaired(), json_file)
-    say(found.report, None if not found.changed else json_file, _file_about(cfg, name, ".defects.json"))
-    categories = found.categories()
+    known = recall(name, (source, state))
+    if known is None or not os.path.isfile(known["json_file"]):
+        known = _settled(cfg, name, check(options), json_file)
+        remember(name, (source, state), known)
+    categories = known["categories"]
     metadata = {
         "thing_classes": [category["name"] for category in categories],
         "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(categories)},
         **_keypoint_metadata(categories),
     }
-    register_coco_instances(name, metadata, str(json_file), str(image_folder))
+    register_coco_instances(name, metadata, known["json_file"], str(image_folder))
     _registered[name] = (source, state)
+
+
+def _settled(cfg: CfgNode, name: str, found: CocoCheck, json_file: Path | None) -> dict:
+    """Stop, or say what was found, and write a copy if one is needed: the file that is used, and the categories."""
+    refuse(found.report, cfg.DATASETS.ON_BAD_DATA)
+    copy = None
+    if found.changed or json_file is None:
+        json_file = copy = file_about(cfg, name, ".json")
+        write_records(found.repaired(), copy)
+    say(found.report, copy, file_about(cfg, name, ".defects.json"), *misfits(cfg, name, found))
+    return {"json_file": str(json_file), "categories": found.categories()}
 
 
 def _words(source: tuple) -> str:
@@ -238,11 +263,3 @@ def _keypoint_metadata(categories: list[dict]) -> dict:
         return {}
     pairs = [(name, name.replace("left", "right", 1)) for name in names if "left" in name]
     return {"keypoint_names": list(names), "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
-
-
-def _file_about(cfg: CfgNode, name: str, ending: str) -> Path:
-    """Where a file about the data set is written."""
-    plain = re.sub(r"[^\w.-]", "_", name)
-    if plain != name:  # the names "my val" and "my/val" are two files
-        plain += "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return Path(os.path.abspath(cfg.OUTPUT_DIR)) / "data_sets" / f"{plain}{ending}"

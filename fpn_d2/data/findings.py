@@ -1,9 +1,13 @@
 """What becomes of a report: an error that stops, or warnings and a list of what was left out."""
 
+import hashlib
 import logging
 import multiprocessing
 import os
+import re
 from pathlib import Path
+
+from detectron2.config import CfgNode
 
 from fpn_d2.errors import UserError
 
@@ -33,13 +37,14 @@ def refuse(report: Report, on_bad_data: str) -> None:
         )
 
 
-def say(report: Report, copy: Path | None, list_file: Path) -> None:
+def say(report: Report, copy: Path | None, list_file: Path, *more: str) -> None:
     """Warn of what was left out and mended, and write the list of it.
 
     Args:
         report: What was found.
         copy: Copy of the annotations that is used instead; None: there is none.
         list_file: Where the list goes.
+        *more: Further warnings of this set; empty ones are passed over.
     """
     lines = [
         line
@@ -53,6 +58,7 @@ def say(report: Report, copy: Path | None, list_file: Path) -> None:
         list_file.parent.mkdir(parents=True, exist_ok=True)
         report.write(list_file, used=str(copy) if copy else None)
         lines.append(f"All of it is listed in {list_file}")
+    lines += [f"{report.source}: {text}" for text in more if text]
     if _speaks():
         for line in lines:
             logger.warning(line)
@@ -72,6 +78,14 @@ def into_the_log() -> None:
     for lines in _said.values():
         for line in lines:
             logger.debug(line)
+
+
+def file_about(cfg: CfgNode, name: str, ending: str) -> Path:
+    """Where a file about the data set ``name`` is written."""
+    plain = re.sub(r"[^\w.-]", "_", name)
+    if plain != name:  # the names "my val" and "my/val" are two files
+        plain += "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return Path(os.path.abspath(cfg.OUTPUT_DIR)) / "data_sets" / f"{plain}{ending}"
 
 
 def _and(before: str, text: str, after: str = "") -> str:

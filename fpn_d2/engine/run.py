@@ -14,7 +14,8 @@ from detectron2.utils import comm
 
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import contents
-from fpn_d2.data import register_from_config
+from fpn_d2.data import check_others, register_from_config
+from fpn_d2.data.findings import into_the_log
 from fpn_d2.errors import UserError, user_mistakes_end_the_program
 from fpn_d2.evaluation.pictures import draw_detections
 from fpn_d2.evaluation.results import ap50, results_table
@@ -49,6 +50,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
     with user_mistakes_end_the_program():
         register_from_config(cfg)  # a spawned process starts without the user's data sets
         check_data_files(cfg, train=not args.eval_only)
+        check_others(cfg, train=not args.eval_only)
         if not args.resume:
             check_weight_file(cfg.MODEL.WEIGHTS)
         check_test_augmentation(cfg)
@@ -59,6 +61,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         cfg.freeze()
         set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
         default_setup(cfg, args)
+        into_the_log()
         if args.eval_only:
             model = Trainer.build_model(cfg)
             ReportingCheckpointer(

@@ -194,11 +194,16 @@ def test_spawned_process_registers_from_the_configuration_alone(tmp_path):
         "from detectron2.config import get_cfg\n"
         "from fpn_d2 import add_fpn_d2_config\n"
         "from fpn_d2.data import class_names, register_from_config\n"
-        "from detectron2.data import DatasetCatalog\n"
+        "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
         "def child(rank, cfg):\n"
         "    assert 'set' not in DatasetCatalog.list()\n"
         "    register_from_config(cfg)\n"
         "    print('child', class_names(cfg), len(DatasetCatalog.get('set')))\n"
+        "    from fpn_d2.data import coco_format\n"
+        "    coco_format._registered.clear(), DatasetCatalog.remove('set'), MetadataCatalog.remove('set')\n"
+        "    coco_format.check_coco = None\n"
+        "    register_from_config(cfg)\n"
+        "    print('not checked again', len(DatasetCatalog.get('set')))\n"
         "if __name__ == '__main__':\n"
         "    cfg = get_cfg()\n"
         "    add_fpn_d2_config(cfg)\n"
@@ -215,7 +220,7 @@ def test_spawned_process_registers_from_the_configuration_alone(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "child ['ant', 'zebra'] 3" in result.stdout
+    assert "child ['ant', 'zebra'] 3\nnot checked again 3" in result.stdout
 
 
 def messy_content():
@@ -278,8 +283,8 @@ def test_copy_is_written_beside_its_place_and_others_may_read_it(tmp_path, monke
     cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *write_coco(tmp_path, content)]])
     register_from_config(cfg)
     copy = MetadataCatalog.get("set").json_file
-    assert [os.path.dirname(path) for path in renamed] == [os.path.dirname(copy)]
-    assert os.listdir(os.path.dirname(copy)) == [os.path.basename(copy)]
+    assert [os.path.dirname(path) for path in renamed] == [os.path.dirname(copy)] * 2
+    assert sorted(os.listdir(os.path.dirname(copy))) == ["set.defects.json", "set.json"]
     assert os.stat(copy).st_mode & 0o777 == 0o644
 
 
@@ -298,7 +303,7 @@ def test_messy_data_train(tmp_path, caplog):
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.INPUT.MIN_SIZE_TRAIN = (32,)
     register_from_config(cfg)
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"][:2] == [
         f"{files[0]}: left out: 1 x a box without area (image 9, annotation 4: [3, 3, 0, 4] in an image of 40 x 30)",
         f"All of it is listed in {tmp_path}/out/data_sets/set.defects.json",
     ]
@@ -365,3 +370,34 @@ def test_voc_is_read_again_when_an_annotation_changes(tmp_path, voc):
     xml.write_text(xml.read_text().replace("emu", "gnu"))
     os.utime(xml, ns=(1, 1))
     assert class_names(cfg) == ["cat", "gnu", "wolf"]
+
+
+@pytest.mark.parametrize("on_bad_data", ["skip", "error"])
+def test_defects_are_left_out_or_stop(tmp_path, on_bad_data, caplog):
+    files = write_coco(tmp_path, messy_content())
+    cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *files]], TRAIN=("set",), ON_BAD_DATA=on_bad_data)
+    if on_bad_data == "error":
+        with pytest.raises(ValueError, match=r"set.json: 1 defects: 1 x a box without area \(image 9, annotation 4: "):
+            register_from_config(cfg)
+        assert not (tmp_path / "out").exists() and "set" not in DatasetCatalog.list()
+        return
+    register_from_config(cfg)
+    assert "left out: 1 x a box without area" in caplog.text
+    assert sum(len(record["annotations"]) for record in DatasetCatalog.get("set")) == 4
+
+
+def test_ways_with_defects_that_do_not_exist(tmp_path):
+    files = write_coco(tmp_path, coco_content())
+    with pytest.raises(ValueError, match="DATASETS.ON_BAD_DATA is 'ignore'; it must be skip or error"):
+        register_from_config(config(tmp_path, COCO_FORMAT=[["set", *files]], ON_BAD_DATA="ignore"))
+
+
+def test_boxes_without_anchors_and_images_with_too_many_objects_are_told(tmp_path, caplog):
+    files = write_coco(tmp_path, coco_content())
+    cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *files]], TRAIN=("set",))
+    cfg.INPUT.MIN_SIZE_TRAIN = (30,)
+    cfg.TEST.DETECTIONS_PER_IMAGE = 1
+    register_from_config(cfg)
+    assert "3 of 3 boxes (100.0 %) overlap no anchor by 0.3 or more after resizing" in caplog.text
+    assert "2 of 3 images have more than TEST.DETECTIONS_PER_IMAGE 1 objects, up to 2" in caplog.text
+    assert not (tmp_path / "out").exists()
