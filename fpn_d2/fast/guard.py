@@ -35,7 +35,7 @@ class Fast:
 @functools.cache
 def mixed(mixin: type[Fast], plain: type) -> type:
     """The class ``plain`` with ``mixin`` before it."""
-    return type(f"Fast{plain.__name__}", (mixin, plain), {"plain": plain, "__module__": __name__})
+    return type(plain.__name__, (mixin, plain), {"plain": plain, "__module__": __name__})
 
 
 def remake(mixin: type[Fast], plain: type) -> nn.Module:

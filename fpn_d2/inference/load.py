@@ -9,7 +9,6 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from torch import nn
 
 import fpn_d2.modeling  # noqa: F401  (registers)
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
@@ -85,7 +84,7 @@ def load(
     model = build_model(cfg).eval()
     ReportingCheckpointer(model, save_to_disk=False, partial_weights=cfg.MODEL.PARTIAL_WEIGHTS, whole=True).load(path)
     if optimize:
-        model = _optimized(model, dtype)
+        model = optimize_for_inference(model, dtype)
     classes = held.get("classes") or classes_of_data(cfg)
     count = number_of_classes(cfg)
     names, ids = classes.get("thing_classes", ()), classes.get("thing_ids", ())
@@ -221,13 +220,3 @@ def _set_number_of_classes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]]) -> 
     for name in ("roi_heads.box_predictor.cls_score.weight", "roi_heads.box_predictor.0.cls_score.weight"):
         if name in shapes and "RetinaNet" not in cfg.MODEL.META_ARCHITECTURE:
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = shapes[name][0] - 1  # and one for the background
-
-
-def _optimized(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    try:
-        return optimize_for_inference(model, dtype)
-    except TypeError as error:
-        if dtype not in (None, torch.float32):
-            raise UserError(str(error)) from None
-        logger.warning("Not optimised for inference: %s", error)
-        return model

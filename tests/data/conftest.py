@@ -11,7 +11,7 @@ from .small_sets import HEIGHT, WIDTH, write_image, write_xml
 @pytest.fixture(autouse=True)
 def clean_catalogs():
     """Leave Detectron2's catalogs as they were."""
-    before = set(DatasetCatalog.list())
+    before, registered = set(DatasetCatalog.list()), dict(coco_format._registered)
     metadata_before = set(MetadataCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
@@ -19,6 +19,7 @@ def clean_catalogs():
     for name in set(MetadataCatalog.list()) - metadata_before:
         MetadataCatalog.remove(name)
     coco_format._registered.clear()
+    coco_format._registered.update(registered)
 
 
 @pytest.fixture
