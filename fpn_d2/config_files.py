@@ -44,6 +44,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         version = guess_version(loaded, path) if isinstance(loaded.get("MODEL"), CfgNode) else cfg.VERSION
     if type(version) is not int or not 1 <= version <= cfg.VERSION:
         raise UserError(f"{path}: VERSION is {version!r:.100}; expected a whole number from 1 to {cfg.VERSION}")
+    loaded.VERSION = version  # also where it says null
     if version == cfg.VERSION:
         cfg.merge_from_other_cfg(loaded)
         return

@@ -120,6 +120,19 @@ def test_convert_torchvision(tmp_path, capsys):
     assert f"fpn-d2 convert-torchvision: {source}: these are not the weights" in capsys.readouterr().err
 
 
+def test_convert_weights(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    source, target, again = (str(tmp_path / name) for name in ("in.pth", "out.safetensors", "again.pth"))
+    torch.save({"model": {"a": torch.ones(2)}, "optimizer": {}, "matching_heuristics": True}, source)
+    assert cli.main(["convert-weights", source, target]) == 0
+    assert capsys.readouterr().out == f"{target}: 1 tensors\n"
+    assert cli.main(["convert-weights", target, again]) == 0
+    loaded = torch.load(again, weights_only=True)
+    assert loaded.pop("model")["a"].tolist() == [1, 1] and loaded == {"matching_heuristics": True}
+    assert cli.main(["convert-weights", source, "out.bin"]) == 1
+    assert "ends in .pth" in capsys.readouterr().err
+
+
 def test_models(monkeypatch, capsys):
     from fpn_d2.analysis import catalogue as components
 

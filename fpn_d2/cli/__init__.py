@@ -5,9 +5,35 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from . import benchmark, compare, convert_torchvision, cost_curves, data, errors, export, models, predict, scenes, study
+from . import (
+    benchmark,
+    compare,
+    convert_torchvision,
+    convert_weights,
+    cost_curves,
+    data,
+    errors,
+    export,
+    models,
+    predict,
+    scenes,
+    study,
+)
 
-VERBS = (scenes, data, predict, export, errors, convert_torchvision, models, study, compare, cost_curves, benchmark)
+VERBS = (
+    scenes,
+    data,
+    predict,
+    export,
+    errors,
+    convert_torchvision,
+    convert_weights,
+    models,
+    study,
+    compare,
+    cost_curves,
+    benchmark,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

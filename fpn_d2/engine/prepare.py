@@ -108,7 +108,7 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
     if unknown:
         return _unknown_key(cfg, unknown[1])
     mismatch = re.match(r"Type mismatch .* with values \(.* vs\. (.*)\) for config key: (\S+)$", text, re.DOTALL)
-    if mismatch:
+    if mismatch and _has_key(cfg, mismatch[2]):  # there may be none where the file is of an older version
         return _wrong_type(cfg, mismatch[2], mismatch[1])
     return text
 

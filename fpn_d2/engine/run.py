@@ -60,6 +60,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
             cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
         cfg.freeze()
         set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
+        args.config_file = os.path.expanduser(getattr(args, "config_file", ""))  # default_setup prints the file
         default_setup(cfg, args)
         into_the_log()
         if args.eval_only:

@@ -68,6 +68,7 @@ def test_a_wrong_option_says_what_was_meant(opts, words):
     [
         ("MODEL: {FPNN: {NECK: FPN}}", ["no key MODEL.FPNN", "did you mean MODEL.FPN"]),
         ("SOLVER: {BASE_LR: high}", ["SOLVER.BASE_LR", "float", "high"]),
+        ("VERSION: 1\nTEST: {AUG_ON: 3}", ["TEST.AUG_ON", "Type mismatch"]),
         ("_BASE_: nowhere.yaml", ["_BASE_", "nowhere.yaml", "looked for"]),
         ("SOLVER: {BASE_LR: 0.1", ["not valid YAML", "line"]),
         ("", ["no KEY: value pairs"]),

@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 
 import pytest
 from detectron2.engine import HookBase
@@ -9,6 +10,7 @@ from detectron2.utils import comm
 
 from fpn_d2.engine import Trainer, run
 from fpn_d2.engine.run import _show, _train
+from fpn_d2.errors import UserError
 
 from .small import small_config
 
@@ -82,3 +84,18 @@ def test_augmentation_that_the_model_cannot_have_is_refused_before_training(tmp_
         run(argparse.Namespace(resume=False, eval_only=False), cfg)
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: TEST.AUG.ENABLED")
+
+
+def test_a_configuration_at_home_is_found_where_detectron2_prints_it(tmp_path, scenes, monkeypatch):
+    """After --config-file=~/c.yaml, in which no shell replaces the ~."""
+    seen = []
+
+    def setup(cfg, args):
+        seen.append(args.config_file)
+        raise UserError("enough")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys.modules["fpn_d2.engine.run"], "default_setup", setup)
+    with pytest.raises(SystemExit):
+        run(argparse.Namespace(resume=False, eval_only=False, config_file="~/c.yaml"), small_config(tmp_path, scenes))
+    assert seen == [str(tmp_path / "c.yaml")]
