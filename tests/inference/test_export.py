@@ -48,6 +48,20 @@ KINDS = {
     "torchvision's retinanet": RETINA | {"MODEL.META_ARCHITECTURE": "TorchvisionRetinaNet"},
 }
 
+# For what is written to a file: as few operations as a Mask R-CNN with a pyramid can have.
+SMALLEST = OURS | {
+    "MODEL.MASK_ON": True,
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4"],
+    "MODEL.FPN.TOP_BLOCK": "none",
+    "MODEL.RPN.IN_FEATURES": ["p3", "p4"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4"],
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32]],
+    "INPUT.MIN_SIZE_TEST": 96,
+    "INPUT.MAX_SIZE_TEST": 128,
+}
+CLASSES = ("ant", "bee", "fly")
+
 
 def config(options: dict):
     cfg = get_cfg()

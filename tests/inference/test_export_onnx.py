@@ -11,7 +11,7 @@ from PIL import Image
 
 from fpn_d2.cli import main
 from fpn_d2.inference import load
-from tests.inference.test_export import OURS, build, config
+from tests.inference.test_export import CLASSES, SMALLEST, build, config
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -19,26 +19,13 @@ pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.slow  # half a minute of tracing
 
-OPTIONS = OURS | {
-    "MODEL.MASK_ON": True,
-    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
-    "MODEL.FPN.IN_FEATURES": ["res3", "res4"],
-    "MODEL.FPN.TOP_BLOCK": "none",
-    "MODEL.RPN.IN_FEATURES": ["p3", "p4"],
-    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4"],
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32]],
-    "INPUT.MIN_SIZE_TEST": 96,
-    "INPUT.MAX_SIZE_TEST": 128,
-}
-CLASSES = ("ant", "bee", "fly")
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with weights.pth, config.yaml, and in exported/ what the command line wrote; and what it printed."""
     folder = tmp_path_factory.mktemp("export")
-    torch.save({"model": build(OPTIONS).state_dict()}, folder / "weights.pth")
-    (folder / "config.yaml").write_text(config(OPTIONS).dump())
+    torch.save({"model": build(SMALLEST).state_dict()}, folder / "weights.pth")
+    (folder / "config.yaml").write_text(config(SMALLEST).dump())
     command = ["export", str(folder / "weights.pth"), "--output", str(folder / "exported"), "--classes", *CLASSES]
     printed = []
     with pytest.MonkeyPatch.context() as patch:

@@ -17,12 +17,26 @@ def export_program(graph: DetectorGraph) -> ExportedProgram:
     height, width = (Dim(name, min=1, max=LARGEST_SIDE) for name in ("height", "width"))
     # What layout a map of one column has is asked again and again; so set, no answer is taken for all sizes.
     with torch.no_grad(), shapes.patch(backed_size_oblivious=True):
-        return torch.export.export(
+        program = torch.export.export(
             graph,
             example(graph),
             dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+    _drop_assertions(program)
+    return program
+
+
+def _drop_assertions(program: ExportedProgram) -> None:
+    """Take out what the tracer assumed of numbers: that a map has more than one cell, that suppression keeps two.
+
+    The operations do not need it, and small images and images without detections would be refused.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 def example(graph: DetectorGraph) -> tuple[Tensor, Tensor]:
