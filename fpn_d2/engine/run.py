@@ -101,8 +101,12 @@ def _evaluate(cfg: CfgNode, model: object) -> dict:
 
 
 def _train(trainer: Trainer) -> dict:
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_no_traceback_of_user_errors)
     try:
         return trainer.train()
+    except UserError as error:  # as that of images whose files have all gone
+        with user_mistakes_end_the_program():
+            raise error
     except KeyboardInterrupt as stop:
         last = trainer.checkpointer.latest  # not one that an older run left in the same folder
         _stopped(
@@ -111,6 +115,10 @@ def _train(trainer: Trainer) -> dict:
             else "No checkpoint was saved.",
             stop,
         )
+
+
+def _no_traceback_of_user_errors(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def _stopped(what: str, stop: BaseException) -> NoReturn:
