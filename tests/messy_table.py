@@ -136,7 +136,7 @@ def stock_words(result: dict) -> str:
     words = f"trains on {result['images']} images, {result['objects']} objects"
     for colour in ("white", "black"):
         words += f"; {result[colour]} of them {colour}" if result[colour] else ""
-    said = "left out" in result["said"] or "WARNING" in result["said"] and "not unique" in result["said"]
+    said = re.search("but only .* match|Filtered out|not unique", result["said"])  # Detectron2's own warnings of data
     return words + ("" if said else "; says nothing")
 
 
