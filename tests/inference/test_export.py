@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torchvision.ops import batched_nms
@@ -12,7 +13,7 @@ from fpn_d2 import add_fpn_d2_config
 from fpn_d2.analysis.exported import all_within, eager_stages, random_batches, stages_of, text
 from fpn_d2.analysis.parity import compare
 from fpn_d2.errors import UserError
-from fpn_d2.inference.export.boxes import NOTHING, highest
+from fpn_d2.inference.export.boxes import NOTHING, Anchors, highest
 from fpn_d2.inference.export.graph import graph_of
 from fpn_d2.inference.export.nms import nms_mask
 from fpn_d2.inference.export.pooling import LevelPooling
@@ -42,8 +43,13 @@ KINDS = {
     "one mask for all classes": OURS | {"MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
     "cascade mask": OURS | CASCADE | {"MODEL.MASK_ON": True},
     "stock cascade": STOCK | CASCADE | {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"},
+    "fast": OURS | {"MODEL.NUMERICS": "fast", "MODEL.PROPOSAL_GENERATOR.NAME": "FPNRPN", "MODEL.MASK_ON": True},
+    "PAFPN": OURS | {"MODEL.FPN.NECK": "PAFPN"},
+    "BiFPN": OURS | {"MODEL.FPN.NECK": "BiFPN", "MODEL.FPN.NORM": "BN"},
     "finest": OURS | {"MODEL.ROI_LEVEL_ASSIGN.NAME": "finest"},
-    "torchvision's": OURS | {"MODEL.ANCHOR_GENERATOR.NAME": "TorchvisionAnchorGenerator"},
+    "torchvision's": OURS
+    | {"MODEL.ANCHOR_GENERATOR.NAME": "TorchvisionAnchorGenerator", "MODEL.ANCHOR_GENERATOR.OFFSET": 0.5}
+    | {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [16], [24], [32], [24]]},
     "retinanet": RETINA,
     "torchvision's retinanet": RETINA | {"MODEL.META_ARCHITECTURE": "TorchvisionRetinaNet"},
 }
@@ -104,10 +110,10 @@ def build(options: dict):
     torch.manual_seed(0)
     model = build_model(config(options)).eval()
     for module in model.modules():  # scores and boxes that differ from place to place, as those of a trained model
-        for name in ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred"):
+        for name in ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred", "predictor"):
             layer = getattr(module, name, None)
             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-                torch.nn.init.normal_(layer.weight, std=0.03)
+                torch.nn.init.normal_(layer.weight, std=0.1 if name == "predictor" else 0.03)
     return model
 
 
@@ -117,6 +123,10 @@ def differences(model, run, batches) -> list:
         eager, theirs = eager_stages(model, images), stages_of(run, images)
         found.append(compare({stage: eager[stage] for stage in theirs}, theirs))
     return found
+
+
+def model_has_masks(model) -> bool:
+    return getattr(getattr(model, "roi_heads", None), "mask_on", False)
 
 
 def in_torch(graph):
@@ -138,7 +148,7 @@ def test_graph_gives_what_the_model_gives_stage_by_stage(kind):
     assert all_within({"torch": found}), text({"torch": found}, batches)
     stages = {difference.stage for difference in found[0]}
     expected = {"input", "pyramid", "detections"} | ({"proposals"} if "Retina" not in type(model).__name__ else set())
-    assert expected | ({"masks"} if "mask" in kind else set()) == stages
+    assert expected | ({"masks"} if model_has_masks(model) else set()) == stages
     counts = [len(stages_of(run, images)["detections"]["image 0"]) for images in batches]
     assert max(counts) > 3
 
@@ -202,6 +212,17 @@ def test_levels_by_area_are_those_of_the_rule_at_its_boundaries_too(rule):
     found = sum((boxes[:, 2] ** 2 >= area).to(torch.int64) for area in pooling.first_areas)
     assert torch.equal(levels, found)
     assert torch.equal(pooled[inside].flatten(), levels[inside].float())
+
+
+@pytest.mark.parametrize("name", ["DefaultAnchorGenerator", "TorchvisionAnchorGenerator"])
+def test_anchors_by_number_are_the_generators(name):
+    kind = ANCHOR_GENERATOR_REGISTRY.get(name)
+    generator = kind(sizes=[[16], [32, 40]], aspect_ratios=[[0.5, 1.0]], strides=[8, 64], offset=0.5)
+    maps = [torch.zeros(2, 1, 12, 7), torch.zeros(2, 1, 2, 1)]  # the coarser of 1.5 and 0.9 cells
+    anchors = Anchors(generator)
+    for level, expected in enumerate(generator(maps)):
+        numbers = torch.randperm(len(expected)).expand(2, -1)
+        assert torch.equal(anchors(level, numbers, maps), expected.tensor[numbers])
 
 
 def test_suppression_by_group_is_torchvisions():

@@ -1,8 +1,11 @@
 """The graph of a detector as an exported program of PyTorch, for any number and size of images."""
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+
+from fpn_d2.errors import UserError
 
 from .graph import DetectorGraph
 
@@ -10,21 +13,38 @@ LARGEST_BATCH, LARGEST_SIDE = 1024, 16384
 
 
 def export_program(graph: DetectorGraph) -> ExportedProgram:
-    """Trace ``graph`` with batch, height and width left open."""
+    """Trace ``graph`` with batch, height and width left open.
+
+    Raises:
+        UserError: a part of it, the bottom-up pathway as a rule, asks for sizes that a trace has to leave open.
+    """
+    try:
+        program = _traced(graph, least=1)
+    except torch._dynamo.exc.UserError:
+        # As position embeddings of one patch, which are not interpolated: from two patches on there is one way.
+        try:
+            program = _traced(graph, least=max(graph.divisor, 1) + 1)
+        except torch._dynamo.exc.UserError as error:
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"this detector cannot be exported, PyTorch's tracer says: {said}") from error
+    _drop_assertions(program)
+    return program
+
+
+def _traced(graph: DetectorGraph, least: int) -> ExportedProgram:
+    """The program for images of at least so many pixels a side."""
     from torch.fx.experimental import _config as shapes
 
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
-    height, width = (Dim(name, min=1, max=LARGEST_SIDE) for name in ("height", "width"))
+    height, width = (Dim(name, min=least, max=LARGEST_SIDE) for name in ("height", "width"))
     # What layout a map of one column has is asked again and again; so set, no answer is taken for all sizes.
     with torch.no_grad(), shapes.patch(backed_size_oblivious=True):
-        program = torch.export.export(
+        return torch.export.export(
             graph,
             example(graph),
             dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    _drop_assertions(program)
-    return program
 
 
 def _drop_assertions(program: ExportedProgram) -> None:
