@@ -15,7 +15,7 @@ from . import onednn_conv, winograd
 from .guard import Fast, are_plain, autocast_dtype, is_itself, need_gradients, need_not_be_called
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_PLAIN_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+PLAIN_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
 class Weights(NamedTuple):
@@ -116,7 +116,7 @@ def _convolved(conv: FastConvolution, x: Tensor, folds: bool, relu: bool, add: T
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     weights = conv.weights(folds, x)
     grads = need_gradients(x, weights.weight, weights.bias, weights.scale)
-    if (conv.kernel_size, *geometry) == _PLAIN_3X3 and winograd.pays(
+    if (conv.kernel_size, *geometry) == PLAIN_3X3 and winograd.pays(
         x, weights.weight, weights.bias, weights.packed is not None
     ):
         if grads:

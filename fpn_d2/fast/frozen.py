@@ -5,7 +5,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from . import winograd
-from .convolution import FastConvolution, FastTorchConvolution, Weights, folded_scale
+from .convolution import PLAIN_3X3, FastConvolution, FastTorchConvolution, Weights, folded_scale
 from .guard import mixed, need_not_be_called
 
 
@@ -20,7 +20,7 @@ class FrozenConvolution(FastConvolution):
         """See :class:`FastConvolution`."""
         scale, bias = folded_scale(self) if folds else (None, self.bias)
         packed = None
-        if scale is None and self.kernel_size == (3, 3) and winograd.pays(x, self.weight, bias, packed=True):
+        if scale is None and _shape(self) == PLAIN_3X3 and winograd.pays(x, self.weight, bias, packed=True):
             packed = self._packed_for(winograd.factor_dtype(x))
         return Weights(self.weight, scale, bias, packed)
 
@@ -56,6 +56,18 @@ def freeze_convolutions(module: nn.Module) -> None:
         weight = conv._parameters.pop("weight").detach()
         conv.__dict__.update(weight=weight.contiguous(memory_format=torch.channels_last), _kept={})
         conv.__class__ = mixed(FrozenConvolution, type(conv).plain)
+
+
+@torch.no_grad()
+def transform_weights(module: nn.Module) -> None:
+    """Transform the weights of all frozen 3x3 convolutions now, not in the first call."""
+    for conv in module.modules():
+        if isinstance(conv, FrozenConvolution) and _shape(conv) == PLAIN_3X3 and winograd.can_pack(conv.weight):
+            conv._packed_for(winograd.factor_dtype(conv.weight))
+
+
+def _shape(conv: nn.Conv2d) -> tuple:
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def _fold_norm(conv: FastConvolution) -> None:

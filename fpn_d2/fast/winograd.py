@@ -84,6 +84,17 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -
     )
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether there are maps for which the packed ``weight`` (C', C, 3, 3) pays; see :func:`pays`."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in DTYPES
+        and weight.shape[0] % _LANES == weight.shape[1] % _LANES == 0
+        and cpu_maps.is_on()
+        and library() is not None
+    )
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.conv2d(x, weight, bias, padding=1)``, within float rounding, by minimal filtering.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fpn_d2.fast.apply import make_fast
-from fpn_d2.fast.frozen import FrozenConvolution, freeze_convolutions
+from fpn_d2.fast.frozen import FrozenConvolution, freeze_convolutions, transform_weights
 from fpn_d2.fast.guard import Fast
 
 from .precision import DTYPES, lower_precision
@@ -51,6 +51,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     _report(model)
     if dtype in (torch.bfloat16, torch.float16):
         lower_precision(model, dtype)
+    transform_weights(model)
     return model
 
 

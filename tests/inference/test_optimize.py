@@ -12,6 +12,7 @@ from torch import nn
 
 import fpn_d2
 from fpn_d2 import add_fpn_d2_config, optimize_for_inference
+from fpn_d2.fast import winograd
 from fpn_d2.fast.frozen import FrozenConvolution
 from fpn_d2.fast.guard import Fast
 from fpn_d2.fast.poolers import FastROIPooler
@@ -177,6 +178,16 @@ def test_what_was_changed_is_what_should_be():
         assert isinstance(conv, FrozenConvolution) and not conv.weight.requires_grad
     assert not fast.training
     copy.deepcopy(fast)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_are_transformed_once_and_for_all(dtype, monkeypatch):
+    if winograd.library() is None:
+        pytest.skip("no C++ compiler on this machine, or no vectors: minimal filtering is NOT tested")
+    fast = optimize_for_inference(trained_looking("stock"), dtype)
+    assert len(fast.backbone.fpn_output2._kept) == 1
+    monkeypatch.setattr(winograd, "pack", None)
+    run(fast, random_batch(config("stock")))
 
 
 def test_hooks_that_were_there_are_called():
