@@ -28,7 +28,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what was asked for."""
     from fpn_d2.analysis.errors.report import report_errors, write_report
-    from fpn_d2.analysis.levels.rule import Rule
+    from fpn_d2.analysis.level_rule import Rule
     from fpn_d2.inference.load import configuration_of
 
     rule = None

@@ -15,7 +15,7 @@ from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import KEY, classes_of_data
 from fpn_d2.checkpoint.reading import read_checkpoint
 from fpn_d2.config import add_fpn_d2_config
-from fpn_d2.config_files import merge_config_file, parse_config
+from fpn_d2.config_files import check_value, merge_config_file, parse_config
 from fpn_d2.errors import UserError, not_found
 
 from .optimize import optimize_for_inference
@@ -204,6 +204,8 @@ def _merge_file(cfg: CfgNode, config: str) -> None:
 def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
     if len(opts) % 2:
         raise UserError(f"options are KEY VALUE pairs, but {opts[-1]!r} is left without a partner: {opts}")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        check_value(key, value)
     _merge(cfg, lambda: cfg.merge_from_list(opts), "the options")
 
 

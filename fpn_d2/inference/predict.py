@@ -96,7 +96,7 @@ def predict(
         if len(sources) != 1:
             raise UserError(f"with annotations the source is the folder of their images; got {len(sources)} sources")
         named, categories = annotated(annotations, sources[0])
-        ids = _ids_of(predictor, categories, annotations)
+        ids = category_ids_of(predictor, categories, annotations)
     os.makedirs(output, exist_ok=True)
     path = os.path.join(output, LINES)
     _settle(predictor, annotations, output, overwrite)
@@ -148,8 +148,12 @@ def _limited(predictor: Predictor, todo: Iterator[Item], workers: int, most: int
                 return
 
 
-def _ids_of(predictor: Predictor, categories: list[dict], annotations: str) -> tuple[int, ...]:
-    """The category ids of the annotation file in the order of the model's classes, matched by name."""
+def category_ids_of(predictor: Predictor, categories: list[dict], annotations: str) -> tuple[int, ...]:
+    """The category ids of an annotation file in the order of the model's classes, matched by name.
+
+    Raises:
+        UserError: the file does not have the model's classes.
+    """
     by_name = {one["name"]: one["id"] for one in categories}
     missing = [name for name in predictor.class_names if name not in by_name]
     if not missing:

@@ -70,6 +70,26 @@ def read(annotations: str, predictions: str, most: int = MOST) -> Scored:
     Raises:
         UserError: a file is missing or of another kind, or the predictions are of other images or classes.
     """
+    scored, place, label = _truth(annotations)
+    results = _results(predictions)
+    try:
+        found = _objects(results, place, label, predictions)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{predictions} holds no COCO results: {error} is missing or of another kind") from None
+    scored.found = _best(found, most)
+    return scored
+
+
+def read_truth(annotations: str) -> Scored:
+    """Read a COCO annotation file; there are no detections.
+
+    Raises:
+        UserError: the file is missing or of another kind.
+    """
+    return _truth(annotations)[0]
+
+
+def _truth(annotations: str) -> tuple[Scored, dict, dict]:
     content = _json(annotations)
     try:
         images, categories = content["images"], sorted(content["categories"], key=lambda one: one["id"])
@@ -80,12 +100,7 @@ def read(annotations: str, predictions: str, most: int = MOST) -> Scored:
         truth = _objects(content["annotations"], place, label, annotations)
     except (KeyError, TypeError) as error:
         raise UserError(f"{annotations} is no COCO annotation file: {error} is missing or of another kind") from None
-    results = _results(predictions)
-    try:
-        found = _objects(results, place, label, predictions)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{predictions} holds no COCO results: {error} is missing or of another kind") from None
-    return Scored(files, sizes, [str(one["name"]) for one in categories], truth, _best(found, most))
+    return Scored(files, sizes, [str(one["name"]) for one in categories], truth, _objects([], {}, {}, "")), place, label
 
 
 def _results(path: str) -> list[dict]:

@@ -11,7 +11,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
-from fpn_d2.analysis.levels.rule import Rule
+from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.data.image_loading import read_image
 from fpn_d2.files import write_atomically
 from fpn_d2.inference.drawing import draw, write

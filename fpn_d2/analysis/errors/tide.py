@@ -63,7 +63,7 @@ def find_errors(scored: Scored, t_f: float = 0.5, t_b: float = 0.1) -> Errors:
     found, truth = scored.found, scored.truth
     detection, object_, iou = overlaps(scored, t_b)
     same = found.label[detection] == truth.label[object_]
-    matched, target = _match(scored, detection[same], object_[same], iou[same], t_f)
+    matched, target = match(scored, detection[same], object_[same], iou[same], t_f)
     is_true = target >= 0
     ignored = _in_crowd(scored, t_f) & ~is_true
 
@@ -136,7 +136,7 @@ def _best(detection: np.ndarray, object_: np.ndarray, iou: np.ndarray, count: in
     return best, most
 
 
-def _match(
+def match(
     scored: Scored, detection: np.ndarray, object_: np.ndarray, iou: np.ndarray, t_f: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Detections by descending score take the object of their class that they overlap most, of those not taken.

@@ -10,7 +10,7 @@ from detectron2.config import get_cfg
 
 from fpn_d2 import add_fpn_d2_config, cli
 from fpn_d2.analysis.errors.report import report_errors, write_report
-from fpn_d2.analysis.levels.rule import Rule
+from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.cli.errors import EXAMPLE
 from fpn_d2.errors import UserError
 from fpn_d2.evaluation.coco_results import evaluate_predictions
