@@ -9,20 +9,13 @@ from . import (
     benchmark,
     compare,
     convert_torchvision,
-<<<<<<< HEAD
     convert_weights,
-    cost_curves,
-    data,
-    errors,
-    export,
-=======
     cost_curves,
     data,
     doctor,
     errors,
     export,
     levels,
->>>>>>> 9fba678 (fpn-d2 doctor: what to change in a config for its data, what went wrong in a run; pages on predicting and looking into a model)
     models,
     predict,
     scenes,
@@ -35,14 +28,10 @@ VERBS = (
     predict,
     export,
     errors,
-<<<<<<< HEAD
-    convert_torchvision,
-    convert_weights,
-=======
     levels,
     doctor,
     convert_torchvision,
->>>>>>> 9fba678 (fpn-d2 doctor: what to change in a config for its data, what went wrong in a run; pages on predicting and looking into a model)
+    convert_weights,
     models,
     study,
     compare,
