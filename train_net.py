@@ -6,8 +6,23 @@
         MODEL.WEIGHTS output/quickstart/model_best.pth
 """
 
+import multiprocessing
+import os
+import signal
 import sys
 import warnings
+
+
+def _stop_before_the_start(number: int, frame: object) -> None:
+    """Ctrl-C and SIGTERM while libraries are imported, which takes seconds; `run` handles them afterwards."""
+    if multiprocessing.current_process().name in ("MainProcess", "process 0") and os.environ.get("RANK", "0") == "0":
+        print("Stopped. No checkpoint was saved.", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _stop_before_the_start)
 
 # Of Detectron2's own code, at import; nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
@@ -25,8 +40,9 @@ from fpn_d2.engine import check_address, launch, load_config, run, user_mistakes
 def main() -> None:
     args = default_argument_parser().parse_args()
     with user_mistakes_end_the_program():
-        check_address(args.num_machines, args.dist_url)
+        check_address(args.num_machines, args.dist_url, args.num_gpus)
         cfg = load_config(args.config_file, args.opts)
+        check_address(args.num_machines, args.dist_url, args.num_gpus, cfg.MODEL.DEVICE)
     launch(
         run,
         args.num_gpus,

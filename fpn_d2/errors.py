@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -81,20 +81,20 @@ def shown_value(value: object, most: int = 80) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line that a terminal can be given; out of a loader's worker without its traceback."""
-    text = str(error)
-    if "Original Traceback (most recent call last)" in text:
-        text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
-    return shown(" ".join(text.split()), 4000)
+    """What an error says, in one line that a terminal can be given."""
+    return shown(" ".join(str(error).split()), 4000)
 
 
 @contextlib.contextmanager
-def user_mistakes_end_the_program() -> Iterator[None]:
+def user_mistakes_end_the_program(say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Within this context a mistake of the user ends the program with one line on stderr and exit status 2.
 
     It is meant for the set-up alone: reading the configuration, building the model and the loaders, loading weights.
     A mistake of the user is a `ValueError`, `TypeError` or `FileNotFoundError` raised by a line of fpn_d2. The same
     errors out of other libraries are bugs until proven otherwise and keep their traceback.
+
+    Args:
+        say: Shows the line; by default it is printed on stderr.
     """
     try:
         yield
@@ -102,7 +102,8 @@ def user_mistakes_end_the_program() -> Iterator[None]:
         if not _raised_in_fpn_d2(error):
             raise
         logging.getLogger("fpn_d2.traceback").debug("".join(traceback.format_exception(error)))
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        line = f"error: {one_line(error)}"
+        say(line) if say else print(line, file=sys.stderr, flush=True)
         sys.exit(2)
 
 

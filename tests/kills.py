@@ -30,16 +30,16 @@ from fpn_d2.engine import Trainer, load_config, run
 
 from .engine.small import MODEL
 
-ITERATIONS = 24
+ITERATIONS = 12
 
 
-def make_data(folder: Path, images: int = 11) -> None:
+def make_data(folder: Path, images: int = 11, sizes: tuple[int, int] = (40, 90)) -> None:
     """Noise of different sizes, some upright and some lying, with one to three boxes each, in COCO's format."""
     rng = np.random.default_rng(7)
     entries, annotations = [], []
     folder.mkdir(parents=True)
     for i in range(1, images + 1):
-        width, height = (int(n) for n in rng.integers(40, 90, 2))
+        width, height = (int(n) for n in rng.integers(*sizes, 2))
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         entries.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
         for _ in range(int(rng.integers(1, 4))):
@@ -63,8 +63,8 @@ def write_config(folder: Path, data: Path, **solver: object) -> Path:
         },
         "INPUT": {**MODEL["INPUT"], "MIN_SIZE_TRAIN": [40, 48, 64], "VERTICAL_FLIP": True, "COLOR_JITTER": 0.2},
         "DATALOADER": {"NUM_WORKERS": 2},
-        "SOLVER": {**MODEL["SOLVER"], "MAX_ITER": ITERATIONS, "CHECKPOINT_PERIOD": 5, **solver},
-        "TEST": {"EVAL_PERIOD": 6, "VAL_LOSS_PERIOD": 7, "PICTURE_IMAGES": 0},
+        "SOLVER": {**MODEL["SOLVER"], "MAX_ITER": ITERATIONS, "CHECKPOINT_PERIOD": 3, **solver},
+        "TEST": {"EVAL_PERIOD": 5, "VAL_LOSS_PERIOD": 7, "PICTURE_IMAGES": 0},
         "OUTPUT_DIR": str(folder),
     }
     path = folder / "given.yaml"

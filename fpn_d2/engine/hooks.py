@@ -25,6 +25,7 @@ from fpn_d2.files import write_atomically
 
 from .precision import autocast
 from .randomness import random_states_put_back, seed_all
+from .signals import signals
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class ValidationLoss(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self._cfg.TEST.VAL_LOSS_PERIOD == 0 or done == self.trainer.max_iter:
-            losses = validation_losses(self._cfg, self.trainer.model)
+            with signals.held_back(False):
+                losses = validation_losses(self._cfg, self.trainer.model)
             if comm.is_main_process():
                 self.trainer.storage.put_scalars(
                     smoothing_hint=False, **{f"val_{name}": value for name, value in losses.items()}

@@ -43,12 +43,12 @@ def launch(
         device: MODEL.DEVICE of the configuration.
 
     Raises:
-        UserError: As `check_address`, or there are fewer GPUs than processes.
+        UserError: As `check_address`.
         SystemExit: A process has failed or was stopped, and has said so.
     """
-    check_address(num_machines, dist_url, num_gpus_per_machine)
+    check_address(num_machines, dist_url, num_gpus_per_machine, device)
     ask_for_huge_pages()
-    on_gpus = torch.cuda.is_available() and torch.device(device).type == "cuda"
+    on_gpus = _on_gpus(device)
     if under_torchrun():
         environment = {name: int(os.environ[name]) for name in _TORCHRUN}
         job = Job(environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"], environment["GROUP_RANK"], on_gpus)
@@ -61,7 +61,6 @@ def launch(
             sys.exit(128 + signal.SIGINT)
         return
     job = Job(num_machines * num_gpus_per_machine, num_gpus_per_machine, machine_rank, on_gpus, dist_url)
-    job.check_gpus()
     store = None
     if num_machines == 1:
         # This process is where the others meet: a port of the system's choice, which is never free and then taken.
@@ -81,18 +80,32 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT"))
 
 
-def check_address(num_machines: int, dist_url: str | None, num_processes: int = 1) -> None:
+def check_address(num_machines: int, dist_url: str | None, num_processes: int = 1, device: str = "cpu") -> None:
     """Check that several machines have been told where to meet, and that one way of starting processes was chosen.
+
+    Args:
+        num_machines, dist_url, device: As in `launch`.
+        num_processes: Of each machine.
 
     Raises:
         UserError: ``dist_url`` is None, "auto" or the default of Detectron2's parser, which are addresses on one
-            machine; or more than one process was asked for under torchrun.
+            machine; more than one process was asked for under torchrun; or there are fewer GPUs than processes.
     """
     if under_torchrun():
         if num_machines > 1 or num_processes > 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
     elif num_machines > 1 and dist_url in (None, "auto", engine.default_argument_parser().get_default("dist_url")):
         raise UserError("with several machines, give the same --dist-url tcp://HOST:PORT to each of them")
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else num_processes
+    if local > 1 and _on_gpus(device) and local > torch.cuda.device_count():
+        raise UserError(
+            f"{local} processes were asked for on a machine with {torch.cuda.device_count()} GPUs: start at most one "
+            "for each"
+        )
+
+
+def _on_gpus(device: str) -> bool:
+    return torch.cuda.is_available() and torch.device(device).type == "cuda"
 
 
 @dataclasses.dataclass
@@ -115,20 +128,8 @@ class Job:
     url: str | None = None
     address: str = ""
 
-    def check_gpus(self) -> None:
-        """
-        Raises:
-            UserError: There are fewer GPUs than processes.
-        """
-        if self.on_gpus and self.local_processes > torch.cuda.device_count():
-            raise UserError(
-                f"{self.local_processes} processes were asked for on a machine with {torch.cuda.device_count()} GPUs: "
-                "start at most one for each"
-            )
-
     def join(self, local_rank: int, rank: int) -> None:
         """Join this process with the others."""
-        self.check_gpus()
         if self.on_gpus:
             torch.cuda.set_device(local_rank)
         elif "OMP_NUM_THREADS" not in os.environ:

@@ -12,14 +12,14 @@ import logging
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
-from torch import Generator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .randomness import IMAGE, ORDER, random_states_put_back, seed_all, seed_of
@@ -54,9 +54,19 @@ class TrainingLoader:
         self._groups = _groups(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else np.zeros(len(records), np.uint8)
         self._state = _State(0, [[], []])  # after the batches handed out so far
         self._ahead: deque[_State] = deque()  # after each batch that the workers know and the training does not yet
+        self._running: Generator[list[dict], None, None] | None = None
         self.seed = seed
 
     def __iter__(self) -> Iterator[list[dict]]:
+        self._running = self._read()
+        return self._running
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._running is not None:
+            self._running.close()
+
+    def _read(self) -> Generator[list[dict], None, None]:
         self._ahead.clear()
         if self._sampler is None:
             self._sampler, self._records = self._build_sampler(), None
@@ -66,11 +76,16 @@ class TrainingLoader:
             num_workers=self._cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             worker_init_fn=_set_up_worker,
-            generator=Generator().manual_seed(0),  # else starting the workers takes a number of the training's own
+            generator=torch.Generator().manual_seed(0),  # else its start takes a number of the training's own
         )
-        for batch in loader:
-            self._state = self._ahead.popleft()
-            yield batch
+        batches = iter(loader)
+        try:
+            for batch in batches:
+                self._state = self._ahead.popleft()
+                yield batch
+        finally:
+            # Else they live for as long as anything, as an error's traceback, knows the iterator.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
     def state_dict(self) -> dict:
         """Where the training stands, the same in all processes."""

@@ -76,6 +76,7 @@ def set_up_logging(output_dir: str, rank: int) -> None:
     On the terminal, Detectron2's environment, configuration, model and loader reports are left out, and its lines
     with losses too where there is a progress bar. Warnings are always shown.
     """
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is not what ends a training
     warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # Detectron2's anchors; nothing to act on
     # The same calls as in Detectron2's default_setup: setup_logger remembers them and adds no second handler.
     libraries = [
@@ -94,7 +95,8 @@ def set_up_logging(output_dir: str, rank: int) -> None:
 
 def _fits_the_terminal(record: logging.LogRecord) -> bool:
     if record.levelno > logging.INFO:
-        return True
+        # Detectron2's loop logs an error that ends it; the end of the program shows it.
+        return not (record.exc_info and record.msg == "Exception during training:")
     # A handler from before, somebody's own call of setup_logger, has shortened the name in the record itself.
     name = f"detectron2.{record.name[3:]}" if record.name.startswith("d2.") else record.name
     return name in _SHOWN and not (name == _LOSSES and has_terminal())

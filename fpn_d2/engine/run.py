@@ -1,8 +1,10 @@
 """What train_net.py does in each process: train or evaluate, then show the results."""
 
 import argparse
+import errno
 import logging
 import os
+import re
 import signal
 import sys
 from typing import NoReturn
@@ -14,19 +16,24 @@ from detectron2.utils import comm
 
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import contents
+from fpn_d2.checkpoint.folder import check_writable
 from fpn_d2.data import check_others, register_from_config
 from fpn_d2.data.findings import into_the_log
-from fpn_d2.errors import UserError, user_mistakes_end_the_program
+from fpn_d2.errors import UserError, one_line, user_mistakes_end_the_program
 from fpn_d2.evaluation.pictures import draw_detections
 from fpn_d2.evaluation.results import ap50, results_table
 
 from .checks import check_data_files, check_test_augmentation, check_weight_file
+from .elastic import resumes
 from .precision import amp_dtype
+from .processes import say
 from .progress import set_up_logging
 from .signals import signals
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
@@ -47,7 +54,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
-    with user_mistakes_end_the_program():
+    with user_mistakes_end_the_program(say):
         register_from_config(cfg)  # a spawned process starts without the user's data sets
         check_data_files(cfg, train=not args.eval_only)
         check_others(cfg, train=not args.eval_only)
@@ -55,9 +62,12 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
             check_weight_file(cfg.MODEL.WEIGHTS)
         check_test_augmentation(cfg)
         amp_dtype(cfg)
-        _check_batch(cfg)
         if args.eval_only:  # everything comes from the checkpoint; what training started from may be gone
             cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
+        else:
+            _check_batch(cfg)
+        if "://" not in cfg.OUTPUT_DIR:
+            check_writable(cfg.OUTPUT_DIR)
         cfg.freeze()
         set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
         args.config_file = os.path.expanduser(getattr(args, "config_file", ""))  # default_setup prints the file
@@ -74,7 +84,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
             ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
             trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
+            trainer.resume_or_load(resume=resumes(args.resume, cfg.OUTPUT_DIR))
             model = trainer.model
     results = _evaluate(cfg, model) if args.eval_only else _train(trainer)
     if comm.is_main_process():
@@ -101,24 +111,31 @@ def _evaluate(cfg: CfgNode, model: object) -> dict:
 
 
 def _train(trainer: Trainer) -> dict:
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_no_traceback_of_user_errors)
     try:
         return trainer.train()
-    except UserError as error:  # as that of images whose files have all gone
-        with user_mistakes_end_the_program():
-            raise error
     except KeyboardInterrupt as stop:
-        last = trainer.checkpointer.latest  # not one that an older run left in the same folder
-        _stopped(
-            f"The last checkpoint is {last}; the same command with --resume goes on from it."
-            if last
-            else "No checkpoint was saved.",
-            stop,
+        _stopped(_how_to_go_on(trainer) or "No checkpoint was saved.", stop)
+    except FloatingPointError as error:  # Detectron2's
+        numbers = re.search(r"loss_dict = (\{.*\})", str(error))
+        shown = f" ({numbers[1]})" if numbers else ""
+        why = (
+            f"the loss is infinite or no number in iteration {trainer.iter}{shown}, and its step was not taken; most "
+            f"often SOLVER.BASE_LR, {trainer.cfg.SOLVER.BASE_LR:g}, is too high: try a tenth of it, a longer "
+            "SOLVER.WARMUP_ITERS, or SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        why = f"cannot write into {os.path.abspath(trainer.cfg.OUTPUT_DIR)}: {error.strerror}"
+    except UserError as error:
+        why = one_line(error)
+    say(f"error: {why}. {_how_to_go_on(trainer)}".rstrip())
+    sys.exit(2)
 
 
-def _no_traceback_of_user_errors(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+def _how_to_go_on(trainer: Trainer) -> str:
+    last = trainer.checkpointer.latest  # not one that an older run left in the same folder
+    return f"The last checkpoint is {last}; the same command with --resume goes on from it." if last else ""
 
 
 def _stopped(what: str, stop: BaseException) -> NoReturn:

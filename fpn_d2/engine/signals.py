@@ -86,7 +86,12 @@ class Signals:
         if comm.get_world_size() == 1:
             return self._first
         asked = torch.tensor([self._first])
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group_of_all())
+        try:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group_of_all())
+        except RuntimeError:
+            if not self._first:
+                raise
+            return self._first  # another process has stopped in the middle of an evaluation
         return int(asked)
 
     def _group_of_all(self) -> dist.ProcessGroup | None:

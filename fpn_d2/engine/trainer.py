@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Hooks that do something after an iteration's checkpoint has been written, if it is due then.
 _AFTER_CHECKPOINT = (hooks.EvalHook, ValidationLoss, BestCheckpoint)
-# Those that a signal stops in the middle.
-_LONG = (hooks.EvalHook, ValidationLoss)
 
 
 class Trainer(DefaultTrainer):
@@ -112,8 +110,12 @@ class Trainer(DefaultTrainer):
             The results of the last evaluation: {task: {metric: value}}, below the name of the data set where there
             are several. Empty in all processes but the first.
         """
-        with signals.installed(), signals.held_back():
-            super().train()
+        try:
+            with signals.installed(), signals.held_back():
+                super().train()
+        finally:
+            for loader, _ in self._loaders():
+                loader.close()
         self.results.update(getattr(self, "_last_eval_results", None) or {})
         return self.results
 
@@ -121,7 +123,9 @@ class Trainer(DefaultTrainer):
         super().before_train()
         if self._hooks_due:  # it was stopped between a checkpoint and what comes after it, which is done now
             self.iter = self.storage.iter = self.start_iter - 1
-            self._call("after_step", [hook for hook in self._hooks if isinstance(hook, _AFTER_CHECKPOINT)])
+            for hook in self._hooks:
+                if isinstance(hook, _AFTER_CHECKPOINT):
+                    hook.after_step()
             self.iter = self.storage.iter = self.start_iter
 
     def before_step(self) -> None:
@@ -131,7 +135,7 @@ class Trainer(DefaultTrainer):
 
     def after_step(self) -> None:
         try:
-            self._call("after_step", self._hooks)
+            super().after_step()
         except Stopped:
             self._save()
             raise
@@ -139,18 +143,14 @@ class Trainer(DefaultTrainer):
         number = signals.agreed()
         if number:
             self._save()
-            comm.synchronize()  # a process that ended before the file is written could end the others
+            with contextlib.suppress(RuntimeError):  # one is gone already
+                comm.synchronize()  # a process that ended before the file is written could end the others
             raise Stopped(number)
 
     def after_train(self) -> None:
-        self.storage.iter = self.iter
-        failed = sys.exc_info()[0] is not None
-        self._call("after_train", [h for h in self._hooks if not (failed and isinstance(h, _AFTER_CHECKPOINT))])
-
-    def _call(self, method: str, of_hooks: list[hooks.HookBase]) -> None:
-        for hook in of_hooks:
-            with signals.held_back(not isinstance(hook, _LONG)):
-                getattr(hook, method)()
+        if sys.exc_info()[0] is not None:  # nothing is evaluated after an error or a signal
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, _AFTER_CHECKPOINT)]
+        super().after_train()
 
     def _save(self) -> None:
         if comm.is_main_process():
@@ -230,7 +230,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
         """Evaluate as `DefaultTrainer.test` does; what pycocotools prints goes to the log file."""
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), signals.held_back(False):
             results = super().test(cfg, model, evaluators)
         if printed.getvalue():
             logging.getLogger("detectron2.evaluation").info("Printed by the evaluators:\n%s", printed.getvalue())
