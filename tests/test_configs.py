@@ -115,7 +115,7 @@ def test_header_states_the_command(name):
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaf_is_short(name):
     lines = [line for line in (CONFIGS / name).read_text().splitlines() if line.strip() and not line.startswith("#")]
-    assert len(lines) <= (30 if name.startswith(RECIPES) else 10), len(lines)
+    assert len(lines) <= (32 if name.startswith(RECIPES) else 10), len(lines)
     assert len(header(name)) <= 8
 
 
@@ -132,6 +132,7 @@ def test_equals_its_twin_in_the_zoo(name):
     theirs_cfg = get_cfg()
     theirs_cfg.merge_from_file(str(zoo_file(twin_name)))
     ours, theirs, defaults = flat(load(name)), flat(theirs_cfg), flat(default_cfg())
+    assert ours.pop("TEST.EVAL_PERIOD") == 5000 and theirs.pop("TEST.EVAL_PERIOD") == 0  # for the best checkpoint
     if ours["MODEL.PROPOSAL_GENERATOR.NAME"] == "FPNRPN":  # the same proposals; tests/modeling/test_rpn.py
         assert theirs["MODEL.PROPOSAL_GENERATOR.NAME"] == "RPN"
         ours["MODEL.PROPOSAL_GENERATOR.NAME"] = "RPN"

@@ -60,7 +60,7 @@ def test_parts_run_as_within_a_detector():
     seen = {}
     calls = cost_curves._pooling(10, torch.device("cpu"), (64, 96))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fpn_d2.modeling.poolers.pyramid_roi_align", lambda maps, *rest: seen.update(maps=maps))
+        patch.setattr("fpn_d2.fast.poolers.pyramid_roi_align", lambda maps, *rest: seen.update(maps=maps))
         calls[OURS]()
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen["maps"])
 
