@@ -19,6 +19,7 @@ from fpn_d2 import add_fpn_d2_config
 from fpn_d2.cli import build_parser
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
+from tests.compatibility import parser as compatibility_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -171,6 +172,8 @@ def test_commands_parse(name, line):
         build_parser().parse_args(words[1:])
     elif words[:2] == ["python", "docs/generate.py"]:
         assert (ROOT / "docs" / "generate.py").exists()
+    elif words[:3] == ["python", "-m", "tests.compatibility"]:
+        compatibility_parser().parse_args(words[3:])
     else:
         assert words[0] == "python" and words[1] in ("train_net.py", "tools/train_net.py"), line
         check_training_command(words[2:])
