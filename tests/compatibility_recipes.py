@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.roi_heads import fast_rcnn
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 
@@ -187,8 +187,8 @@ def _build_for_sahi(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _sliced(model: nn.Module, batch: list[dict]) -> list[Tensor]:
-    """Boxes, scores and classes of sahi's sliced prediction, best first."""
+def _sliced(model: nn.Module, batch: list[dict]) -> list[Instances]:
+    """Detections of sahi's sliced prediction."""
     predict = importlib.import_module("sahi.predict").get_sliced_prediction
     detector = model.of_sahi
     detector.model.model = model
@@ -196,8 +196,11 @@ def _sliced(model: nn.Module, batch: list[dict]) -> list[Tensor]:
     for one in batch:
         image = one["image"].permute(1, 2, 0).numpy()
         found = predict(image, detector, slice_height=96, slice_width=96, verbose=0).object_prediction_list
-        rows = [[*one.bbox.to_xyxy(), 100 * one.score.value, 1e4 * one.category.id] for one in found]
-        results.append(torch.tensor(sorted(rows, key=lambda row: -row[4]), dtype=torch.float64))
+        result = Instances((one["height"], one["width"]))
+        result.pred_boxes = Boxes(torch.tensor([each.bbox.to_xyxy() for each in found]).view(-1, 4))
+        result.scores = torch.tensor([each.score.value for each in found])
+        result.pred_classes = torch.tensor([each.category.id for each in found])
+        results.append(result)
     return results
 
 
