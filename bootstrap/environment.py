@@ -67,6 +67,12 @@ def say(text: str) -> None:
     print(f"[set-up] {text}", flush=True)
 
 
+def has_compiler() -> bool:
+    """Whether a C++ compiler is here; the operations for CPUs are compiled at their first use."""
+    asked = os.environ.get("CXX", "").split()
+    return any(shutil.which(name) for name in (*asked[:1], "g++", "clang++", "c++"))
+
+
 class Environment:
     """A Python environment in a folder; makes it if need be and installs what fpn_d2 needs into it.
 
@@ -108,6 +114,8 @@ class Environment:
         problems_before = self.problems()
         self.install_torch()
         extras = ["test"] if self.find("cv2")["cv2"] else ["test", "opencv"]
+        if not has_compiler():
+            extras.append("compiler")
         self.install_detectron2()
         say(f"installing fpn_d2 and its test tools ({', '.join(extras)}) from {ROOT}")
         self.pip_install("fpn_d2", "--editable", f"{ROOT}[{','.join(extras)}]")

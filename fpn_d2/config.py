@@ -181,7 +181,7 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # Whether the images of a data set may lie outside its image folder: absolute file names, and those with "..".
     new.DATASETS.FILES_OUTSIDE_FOLDER = False
     # How many images may be left out, with a warning each, because their files have gone bad since the check. One more
-    # stops: then it is the disk. Counted in each process of a training by itself.
+    # stops: then it is the disk. Each process counts by itself, an image once for each worker that meets it.
     new.DATASETS.MAX_BAD_IMAGES = 100
     new.INPUT = CfgNode()
     # Flip upside down with probability 0.5, in addition to INPUT.RANDOM_FLIP: for images without an up or down.

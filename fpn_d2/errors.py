@@ -81,8 +81,11 @@ def shown_value(value: object, most: int = 80) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line that a terminal can be given."""
-    return shown(" ".join(str(error).split()), 4000)
+    """What an error says, in one line that a terminal can be given; out of a loader's worker without its traceback."""
+    text = str(error)
+    if "Original Traceback (most recent call last)" in text:
+        text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
+    return shown(" ".join(text.split()), 4000)
 
 
 @contextlib.contextmanager

@@ -308,6 +308,18 @@ class TestEnvironment:
         assert (made.folder / environment.BUSY).exists()
 
 
+def test_a_compiler_is_brought_where_there_is_none(tmp_path, monkeypatch):
+    (tmp_path / "g++").write_text("")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not environment.has_compiler()
+    (tmp_path / "g++").chmod(0o755)
+    assert environment.has_compiler()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", f"{tmp_path / 'g++'} -m64")
+    assert environment.has_compiler()
+
+
 def test_a_set_up_without_network_ends_in_one_sentence(tmp_path):
     offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
     offline |= {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PYTHONPATH": ""}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from torch.utils.data import DataLoader
 
 from fpn_d2.engine.launch import launch
 from fpn_d2.errors import UserError, did_you_mean, not_found, shown, shown_value, user_mistakes_end_the_program
@@ -90,3 +91,16 @@ def test_errors_reach_the_terminal_in_one_printable_line(capsys):
         raise UserError("no file \x1b]0;title\x07 of\n" + "a" * 20_000)
     line = capsys.readouterr().err
     assert line.startswith(r"error: no file \x1b]0;title\x07 of aaa") and len(line) < 4200 and line.count("\n") == 1
+
+
+def test_an_error_out_of_a_worker_is_its_text_alone(capsys):
+    class Failing:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise UserError("the disk is gone")
+
+    with pytest.raises(SystemExit), user_mistakes_end_the_program():
+        list(DataLoader(Failing(), num_workers=1))
+    assert capsys.readouterr().err == "error: the disk is gone\n"

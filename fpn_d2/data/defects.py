@@ -167,11 +167,12 @@ class Report:
 
     def phrase(self, *fates: str) -> str:
         """Counts by kind, with the first of each: "3 x a box without area (first: image 1, annotation 7: ...)"."""
-        parts = []
-        for kind in self.kinds(*fates):
-            first = "first: " if self.counts[kind] > 1 else ""
-            parts.append(f"{self.counts[kind]} x {KINDS[kind][1]} ({first}{self.first[kind]})")
-        return "; ".join(parts)
+        return "; ".join(map(self.counted, self.kinds(*fates)))
+
+    def counted(self, kind: str) -> str:
+        """The part of `phrase` on one kind that was found."""
+        first = "first: " if self.counts[kind] > 1 else ""
+        return f"{self.counts[kind]} x {KINDS[kind][1]} ({first}{self.first[kind]})"
 
     def reasons(self) -> str:
         """Why the set cannot be used as it is; empty if it can."""

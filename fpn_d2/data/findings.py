@@ -16,6 +16,8 @@ from .defects import FILL, MEND, SKIP, STOP, TELL, Report
 logger = logging.getLogger(__name__)
 
 ON_BAD_DATA = ("skip", "error")
+# What is used as it is and may still be a mistake, or end badly: warned of.
+_DOUBTFUL = ("box_like_corners", "category_name_twice", "many_objects", "pixels_16_bit", "pixels_float")
 # What has been said at registration, which comes before the log file is set up.
 _said: dict[str, list[str]] = {}
 
@@ -58,6 +60,7 @@ def say(report: Report, copy: Path | None, list_file: Path, *more: str) -> None:
         list_file.parent.mkdir(parents=True, exist_ok=True)
         report.write(list_file, used=str(copy) if copy else None)
         lines.append(f"All of it is listed in {list_file}")
+    lines += [f"{report.source}: {report.counted(kind)}" for kind in _DOUBTFUL if report.counts[kind]]
     lines += [f"{report.source}: {text}" for text in more if text]
     if _speaks():
         for line in lines:

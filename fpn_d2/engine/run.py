@@ -111,6 +111,7 @@ def _evaluate(cfg: CfgNode, model: object) -> dict:
 
 
 def _train(trainer: Trainer) -> dict:
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_no_traceback_of_user_errors)
     try:
         return trainer.train()
     except KeyboardInterrupt as stop:
@@ -131,6 +132,10 @@ def _train(trainer: Trainer) -> dict:
         why = one_line(error)
     say(f"error: {why}. {_how_to_go_on(trainer)}".rstrip())
     sys.exit(2)
+
+
+def _no_traceback_of_user_errors(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def _how_to_go_on(trainer: Trainer) -> str:

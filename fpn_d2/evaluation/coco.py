@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
 
+_MANY = 20_000  # objects; from here on pycocotools takes minutes
 _PLAIN_IDS = 1 << 53  # the C++ evaluation takes image ids below for what they are
 
 
@@ -38,6 +39,11 @@ class ReadableCOCOEvaluator(COCOEvaluator):
         self._evaluate_on(predictions, img_ids)
 
     def _evaluate_on(self, predictions: list[dict], img_ids: list | None) -> None:
+        objects = len(self._coco_api.dataset.get("annotations", ()))
+        if objects > _MANY and not fast_evaluation_is_there():
+            self._logger.warning(
+                "%d objects take long to evaluate: pip install faster-coco-eval gives the same figures sooner", objects
+            )
         super()._eval_predictions(predictions, img_ids)
 
 

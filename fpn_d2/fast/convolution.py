@@ -127,14 +127,32 @@ def _convolved(conv: FastConvolution, x: Tensor, folds: bool, relu: bool, add: T
         out = winograd.convolve(x, packed, weights.bias, relu and add is None)
         return out if add is None else _then(out, relu, add)
     if not grads:
-        weight = winograd.scaled(weights.weight, weights.scale).to(x.dtype)
-        bias = None if weights.bias is None else weights.bias.to(x.dtype)
-        if onednn_conv.works(x):
-            return onednn_conv.convolve(x, weight, bias, geometry, relu, add)
-        return _then(F.conv2d(x, weight, bias, *geometry), relu, add)
+        if _scales_outputs(x, weights, geometry):
+            out = _without_gradients(x, weights._replace(scale=None, bias=None), geometry, False, None)
+            out.mul_(weights.scale[:, None, None]).add_(weights.bias[:, None, None])
+            return _then(out, relu, add)
+        return _without_gradients(x, weights, geometry, relu, add)
     if weights.scale is None:
         return _then(F.conv2d(x, weights.weight, weights.bias, *geometry), relu, add)
     return _then(_FoldedConvolution.apply(x, weights.weight, weights.bias, weights.scale, geometry), relu, add)
+
+
+def _scales_outputs(x: Tensor, weights: Weights, geometry: onednn_conv.Geometry) -> bool:
+    """Whether there are fewer outputs to scale than weights, as at the top of a ResNet."""
+    if weights.scale is None:
+        return False
+    cells = x.shape[0] * x.shape[2] * x.shape[3] // (geometry[0][0] * geometry[0][1])
+    return 2 * cells * len(weights.weight) < weights.weight.numel()
+
+
+def _without_gradients(
+    x: Tensor, weights: Weights, geometry: onednn_conv.Geometry, relu: bool, add: Tensor | None
+) -> Tensor:
+    weight = winograd.scaled(weights.weight, weights.scale).to(x.dtype)
+    bias = None if weights.bias is None else weights.bias.to(x.dtype)
+    if onednn_conv.works(x):
+        return onednn_conv.convolve(x, weight, bias, geometry, relu, add)
+    return _then(F.conv2d(x, weight, bias, *geometry), relu, add)
 
 
 def _then(x: Tensor, relu: bool, add: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Vectors are of 16 channels.
 _LANES = 16
 # Below this many tiles of 4 x 4 outputs, transforming the weights takes longer than the products that are saved.
-_MIN_TILES, _MIN_TILES_PACKED = 64, 8
+_MIN_TILES_TRAINING, _MIN_TILES, _MIN_TILES_PACKED = 64, 32, 8
 
 
 def _trial() -> str:
@@ -71,8 +71,9 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
     autocast = cpu_maps.autocast_dtype("cpu")
     tiles = x.shape[0] * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4)
+    least = _MIN_TILES_TRAINING if torch.is_grad_enabled() else _MIN_TILES
     return (
-        tiles >= (_MIN_TILES_PACKED if packed else _MIN_TILES)
+        tiles >= (_MIN_TILES_PACKED if packed else least)
         and x.shape[1] == weight.shape[1]
         and weight.shape[0] % _LANES == weight.shape[1] % _LANES == 0
         and all(tensor.dtype in DTYPES for tensor in tensors)

@@ -401,3 +401,10 @@ def test_boxes_without_anchors_and_images_with_too_many_objects_are_told(tmp_pat
     assert "3 of 3 boxes (100.0 %) overlap no anchor by 0.3 or more after resizing" in caplog.text
     assert "2 of 3 images have more than TEST.DETECTIONS_PER_IMAGE 1 objects, up to 2" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_used_as_it_is_and_doubtful_is_warned_of(tmp_path, caplog):
+    content = coco_content()
+    content["categories"][1]["name"] = "zebra"
+    register_from_config(config(tmp_path / "out", COCO_FORMAT=[["set", *write_coco(tmp_path, content)]]))
+    assert "set.json: 1 x a category name that stands for several ids (2 categories are zebra" in caplog.text

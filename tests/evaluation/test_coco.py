@@ -199,3 +199,12 @@ def test_images_that_could_not_be_read_are_left_out_of_the_figures(data, tmp_pat
     kept = [image["id"] for number, image in enumerate(images) if number not in (0, 3)]
     assert_same(evaluator.evaluate(), evaluate(COCOEvaluator, data, tmp_path / "official", img_ids=kept))
     assert "2 images could not be read: the figures are of the other 10" in caplog.text
+
+
+def test_a_faster_evaluation_is_named_where_it_is_missed(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fpn_d2.evaluation.coco._MANY", 5)
+    evaluate(ReadableCOCOEvaluator, data, tmp_path)
+    assert "faster-coco-eval gives" not in caplog.text
+    monkeypatch.setattr("fpn_d2.evaluation.coco.fast_evaluation_is_there", lambda: False)
+    evaluate(ReadableCOCOEvaluator, data, tmp_path)
+    assert "objects take long to evaluate: pip install faster-coco-eval" in caplog.text

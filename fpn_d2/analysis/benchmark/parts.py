@@ -12,6 +12,7 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from fpn_d2.fast.apply import make_fast
 from fpn_d2.fast.roi_align.roi_align import VARIABLE, choose
 from fpn_d2.modeling.poolers import PyramidROIPooler
 
@@ -54,7 +55,7 @@ def pooling(
     gradient = torch.randn(rois, channels, _RESOLUTION, _RESOLUTION, generator=generator) if backward else None
 
     stock = _pool(ROIPooler(_RESOLUTION, scales, 0, "ROIAlignV2"), maps, boxes, gradient)
-    pooler = PyramidROIPooler(_RESOLUTION, scales, 0, "ROIAlignV2")
+    pooler = make_fast(PyramidROIPooler(_RESOLUTION, scales, 0, "ROIAlignV2"))
     own_maps = [one.to(memory_format=torch.channels_last) for one in maps]
     expected = stock()
     ours: dict[str, Ours | str] = {}

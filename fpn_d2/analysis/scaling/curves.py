@@ -189,7 +189,7 @@ def _pooling(
     cfg = _our_cfg(device)
     cfg.MODEL.ROI_HEADS.IN_FEATURES = [f"p{k}" for k in levels]
     shapes = {f"p{k}": ShapeSpec(channels=_CHANNELS, stride=2**k) for k in levels}
-    ours = build_pooler(cfg, shapes, output_size=7, sampling_ratio=0, pooler_type="ROIAlignV2")
+    ours = make_fast(build_pooler(cfg, shapes, output_size=7, sampling_ratio=0, pooler_type="ROIAlignV2"))
     stock = ROIPooler(7, [1 / 2**k for k in levels], 0, "ROIAlignV2")
     maps, boxes = _maps(size, levels, number, device), [_rois(rois, size, device) for _ in range(number)]
     own_maps = [_as_ours_gets_it(one) for one in maps]
