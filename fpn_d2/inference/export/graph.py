@@ -123,7 +123,7 @@ class RCNNGraph(DetectorGraph):
         self.box_heads = nn.ModuleList(heads.box_head if cascade else [heads.box_head])
         self.box_predictors = nn.ModuleList(heads.box_predictor if cascade else [heads.box_predictor])
         for predictor in self.box_predictors:
-            expect("the box predictor", predictor, "FastRCNNOutputLayers", "FPNBoxPredictor")
+            expect("the box predictor", predictor, "FastRCNNOutputLayers")
         last = self.box_predictors[-1]
         self.score_thresh, self.nms_thresh = last.test_score_thresh, last.test_nms_thresh
         self.most = last.test_topk_per_image
