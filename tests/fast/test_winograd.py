@@ -300,3 +300,13 @@ def test_narrower_vectors(flags, works, tmp_path, monkeypatch):
     finally:
         winograd.OP.forget()
     assert len(list(tmp_path.glob("winograd_cpu_*.so"))) == 1
+
+
+def test_second_derivatives():
+    x, weight, bias = case(1, 16, 16, 40, 40)
+    found = []
+    for function in (winograd.conv3x3, lambda *tensors: nn.functional.conv2d(*tensors, padding=1)):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_(), bias]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)[0]
+        found.append(torch.autograd.grad(first.square().sum(), leaves[1])[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3 * float(found[1].abs().max()))
