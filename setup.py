@@ -15,7 +15,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["fpn_d2", "fpn_d2.*"]),
-    package_data={"fpn_d2.analysis.published": ["*.json"], "fpn_d2.native": ["*.cpp", "*.h"]},
+    package_data={
+        "fpn_d2.analysis.published": ["*.json"],
+        "fpn_d2.analysis.serve": ["page/*"],
+        "fpn_d2.native": ["*.cpp", "*.h"],
+    },
     # All of these are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced.
     install_requires=["numpy", "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "tqdm>4.29.0"],
     extras_require={
@@ -29,6 +33,8 @@ setup(
         "fast-eval": ["faster-coco-eval>=1.6"],
         # What writes ONNX files, and what `fpn-d2 export` runs them with.
         "export": ["onnx", "onnxscript", "onnxruntime", "openvino"],
+        # The page and the API of `fpn-d2 serve`.
+        "serve": ["starlette", "uvicorn"],
         # shapely: fvcore crops polygons with it.
         "test": [
             "faster-coco-eval>=1.6",
@@ -38,7 +44,9 @@ setup(
             "pytest-xdist>=3.2",
             "ruff",
             "shapely",
+            "starlette",
             "timm>=1.0.9",
+            "uvicorn",
         ],
     },
     entry_points={"console_scripts": ["fpn-d2=fpn_d2.cli:main"]},

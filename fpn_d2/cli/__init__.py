@@ -19,6 +19,7 @@ from . import (
     models,
     predict,
     scenes,
+    serve,
     study,
 )
 
@@ -30,6 +31,7 @@ VERBS = (
     errors,
     levels,
     doctor,
+    serve,
     convert_torchvision,
     convert_weights,
     models,

@@ -17,6 +17,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for table and figures")
     parser.add_argument("--canonical-box-size", type=float, metavar="PX", help="compare with a rule of this size")
     parser.add_argument("--canonical-level", type=int, metavar="K", help="compare with a rule of this level")
+    parser.add_argument("--other-rule", metavar="NAME", help="compare with a rule of MODEL.ROI_LEVEL_ASSIGN.NAME")
     parser.add_argument("--max-images", type=int, metavar="N", help="run the model on so many, spread evenly")
     parser.add_argument(
         "--picture-score", type=float, default=0.5, metavar="S", help="lowest score that is drawn (%(default)s)"
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from fpn_d2.analysis.levels.run import levels_of_boxes, levels_of_model
 
     given = {"canonical_box_size": args.canonical_box_size, "canonical_level": args.canonical_level}
+    given["other_rule"] = args.other_rule
     if args.images is None:
         report, paths = levels_of_boxes(
             args.weights, args.annotations, args.output, config=args.config, opts=args.opts, **given

@@ -37,6 +37,7 @@ class CocoCheck:
         stopped: Whether something was found after which the rest means nothing.
         extents: (N, 4): width and height of each object that is kept, and of its image, in pixels; crowds left out.
         objects: Number of annotations that are kept of each image.
+        image_folder: See below.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class CocoCheck:
         self.extents = np.zeros((0, 4), np.float32)
         self.objects: list[int] = []
         self._records = records
-        self._folder = image_folder
+        self.image_folder = image_folder
         self._options = options
         self._note = self.report.add
         self._images: dict[int | str, ImageEntry] = {}
@@ -69,7 +70,7 @@ class CocoCheck:
         """Look at everything."""
         try:
             self._structure()
-            if not self.stopped and self._folder is not None:
+            if not self.stopped and self.image_folder is not None:
                 self._look_at_files()
             if not self.stopped:
                 self._look_at_annotations()
@@ -182,15 +183,15 @@ class CocoCheck:
         width, height = record.get("width"), record.get("height")
         if _is_side(width) and _is_side(height):
             image.width, image.height = image.recorded = width, height
-        elif self._folder is None:
+        elif self.image_folder is None:
             self._note("size_missing", f"{shown(name)}: width {shown_value(width)}, height {shown_value(height)}", own)
         return True
 
     def _name_problem(self, name: Any) -> tuple[str, str] | None:
         if not isinstance(name, str) or not name or "\0" in name:
             return "file_name_wrong", f"expected text as file_name, got {shown_value(name)}"
-        if not self._options.outside and self._folder is not None:
-            folder = os.path.abspath(self._folder)
+        if not self._options.outside and self.image_folder is not None:
+            folder = os.path.abspath(self.image_folder)
             if not os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, "")):
                 return "file_outside_folder", f"{shown(name)} lies outside {shown(folder, 200)}"
         return None
@@ -234,7 +235,7 @@ class CocoCheck:
 
     def _look_at_files(self) -> None:
         todo = [(own, image) for own, image in self._images.items() if image.usable]
-        paths = (os.path.join(self._folder, image.name) for _, image in todo)
+        paths = (os.path.join(self.image_folder, image.name) for _, image in todo)
         all_facts = look_at_all(paths, len(todo), full=self._options.full, jobs=self._options.jobs)
         names: set[str] = set()
         for (own, image), facts in zip(todo, all_facts, strict=True):
@@ -273,10 +274,10 @@ class CocoCheck:
             )
 
     def _folder_hint(self, images: list[tuple[Any, ImageEntry]]) -> str:
-        missing = next((i.name for _, i in images if not os.path.exists(os.path.join(self._folder, i.name))), "")
-        if os.path.dirname(missing) and os.path.exists(os.path.join(self._folder, os.path.basename(missing))):
+        missing = next((i.name for _, i in images if not os.path.exists(os.path.join(self.image_folder, i.name))), "")
+        if os.path.dirname(missing) and os.path.exists(os.path.join(self.image_folder, os.path.basename(missing))):
             return "; names without the folder are there: drop it from file_name or from the image folder"
-        return f" (the image folder is {shown(str(self._folder), 200)})" if missing else ""
+        return f" (the image folder is {shown(str(self.image_folder), 200)})" if missing else ""
 
     def _changes_of_image(self, index: int, record: dict) -> dict | None:
         image = self._images[record["id"]]

@@ -26,6 +26,7 @@ def draw(
     class_names: Sequence[str],
     min_score: float = 0.5,
     colours: Sequence[int] | None = None,
+    scores: bool = True,
 ) -> np.ndarray:
     """Draw detections with their class and score in percent.
 
@@ -35,6 +36,7 @@ def draw(
         class_names: by ``pred_classes``.
         min_score: those with a lower score are left out.
         colours: index of each instance's colour; its class if not given.
+        scores: whether to write them.
 
     Returns:
         A copy with boxes, masks and keypoints.
@@ -55,7 +57,10 @@ def draw(
         if instances.has("pred_keypoints"):
             for x, y, _ in instances.pred_keypoints[i].tolist():
                 cv2.circle(canvas, (round(x), round(y)), 2 * line, colour(kinds[i]), -1, cv2.LINE_AA)
-        write(canvas, f"{class_names[labels[i]]} {100 * float(instances.scores[i]):.0f}", (x1, y1), colour(kinds[i]))
+        text = str(class_names[labels[i]])
+        if scores:
+            text = f"{text} {100 * float(instances.scores[i]):.0f}"
+        write(canvas, text, (x1, y1), colour(kinds[i]))
     return canvas
 
 

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from fpn_d2.analysis.errors.detections import Scored, take
 from fpn_d2.analysis.level_rule import Rule
+from fpn_d2.modeling.roi_rules import combines_levels
 
 from .anchors import Anchors, coverage, propose
 
@@ -57,7 +58,7 @@ def advise(cfg: CfgNode, data: Scored) -> list[Advice]:
     boxes = truth.box * scales[truth.image][:, None]
     found = [*_sizes(cfg, data, boxes, scales)]
     if len(boxes):
-        found += [*_anchors(cfg, boxes), *_levels(cfg, truth.area, scales[truth.image], data.sizes)]
+        found += [*_anchors(cfg, boxes), *_levels(cfg, boxes)]
         found += [*_per_image(cfg, truth.image, len(data.files)), *_classes(cfg, data, truth)]
     return [*found, *_schedule(cfg, len(data.files))]
 
@@ -125,21 +126,23 @@ def _anchors(cfg: CfgNode, boxes: np.ndarray):
         yield Advice("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [list(anchors.ratios)], [list(better.ratios)], together)
 
 
-def _levels(cfg: CfgNode, areas: np.ndarray, scales: np.ndarray, sizes: np.ndarray):
+def _levels(cfg: CfgNode, boxes: np.ndarray):
     names = cfg.MODEL.ROI_HEADS.IN_FEATURES
     pools = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
     if not pools or len(names) < 2 or not all(name[:1] == "p" for name in names):
         return
     rule = Rule.of(cfg)
-    now = _shares(rule, areas, scales)
+    if rule.assigner is not None or combines_levels(cfg):  # the canonical size says little about other rules
+        return
+    now = _shares(rule, boxes)
     if now.max() < 0.8:
         return
     sides = (rule.canonical_box_size * 2.0**step for step in np.arange(-4, 4.5, 0.5))
     others = [rule.other(round(side)) for side in sides if side >= _CELLS * 2.0**rule.canonical_level]
     if not others:
         return
-    best = min(others, key=lambda one: (round(float(_shares(one, areas, scales).max()), 3), one.canonical_box_size))
-    then = _shares(best, areas, scales)
+    best = min(others, key=lambda one: (round(float(_shares(one, boxes).max()), 3), one.canonical_box_size))
+    then = _shares(best, boxes)
     if now.max() - then.max() > 0.1:
         key = "MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE"
         reason = f"nearly all objects are on one level (percent: {_percent(rule, now)})"
@@ -150,8 +153,8 @@ def _percent(rule: Rule, shares: np.ndarray) -> str:
     return ", ".join(f"p{level} {100 * share:.0f}" for level, share in zip(rule.levels, shares, strict=True))
 
 
-def _shares(rule: Rule, areas: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    level = rule.assign(areas, scales)
+def _shares(rule: Rule, boxes: np.ndarray) -> np.ndarray:
+    level = rule.assign(boxes, np.ones(len(boxes)))
     return np.array([(level == k).mean() for k in rule.levels])
 
 

@@ -73,7 +73,7 @@ def read(annotations: str, predictions: str, most: int = MOST) -> Scored:
     scored, place, label = _truth(annotations)
     results = _results(predictions)
     try:
-        found = _objects(results, place, label, predictions)
+        found = objects_of(results, place, label, predictions)
     except (KeyError, TypeError) as error:
         raise UserError(f"{predictions} holds no COCO results: {error} is missing or of another kind") from None
     scored.found = _best(found, most)
@@ -97,10 +97,11 @@ def _truth(annotations: str) -> tuple[Scored, dict, dict]:
         label = {category["id"]: i for i, category in enumerate(categories)}
         files = [str(image["file_name"]) for image in images]
         sizes = np.array([[image["height"], image["width"]] for image in images], float).reshape(-1, 2)
-        truth = _objects(content["annotations"], place, label, annotations)
+        truth = objects_of(content["annotations"], place, label, annotations)
     except (KeyError, TypeError) as error:
         raise UserError(f"{annotations} is no COCO annotation file: {error} is missing or of another kind") from None
-    return Scored(files, sizes, [str(one["name"]) for one in categories], truth, _objects([], {}, {}, "")), place, label
+    nothing = objects_of([], {}, {}, "")
+    return Scored(files, sizes, [str(one["name"]) for one in categories], truth, nothing), place, label
 
 
 def _results(path: str) -> list[dict]:
@@ -125,7 +126,18 @@ def _json(path: str):
         raise UserError(f"{path} is not valid json: {error}") from None
 
 
-def _objects(rows: list[dict], place: dict, label: dict, path: str) -> Objects:
+def objects_of(rows: list[dict], place: dict, label: dict, path: str) -> Objects:
+    """COCO annotations or results as arrays.
+
+    Args:
+        rows: with ``image_id``, ``category_id``, ``bbox``, and where there are some ``score`` and ``iscrowd``.
+        place: of each image by its id.
+        label: of each class by its id.
+        path: where they come from, for the message.
+
+    Raises:
+        UserError: an id is unknown.
+    """
     strange = next((row for row in rows if row["image_id"] not in place or row["category_id"] not in label), None)
     if strange is not None:
         key = "image_id" if strange["image_id"] not in place else "category_id"

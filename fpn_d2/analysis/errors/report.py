@@ -102,7 +102,7 @@ def report_errors(
     }
     if rule is not None:
         scales = rule.scales(scored.sizes)
-        found, truth = (rule.assign(o.area, scales[o.image]) for o in (scored.found, scored.truth))
+        found, truth = (rule.assign(o.box, scales[o.image]) for o in (scored.found, scored.truth))
         for level in rule.levels:
             groups[f"p{level}"] = _group(scored, errors, found == level, truth == level)
     return Report(

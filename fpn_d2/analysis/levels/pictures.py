@@ -1,15 +1,18 @@
 """Detections in the colour of their level, and the maps of a pyramid as a picture."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
+from detectron2.structures import Instances
 from torch import Tensor
 
 from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.inference import Predictor
 from fpn_d2.inference.drawing import draw, to_bgr, write
+from fpn_d2.inference.predictor import Prepared
 
 # Pixels: longer side of a panel, and the bar for its title.
 _SIDE, _HEADER = 360, 24
@@ -31,8 +34,7 @@ def draw_levels(predictor: Predictor, rule: Rule, paths: Sequence[str], min_scor
     for path in paths:
         prepared = predictor.prepare(path)
         (instances,) = predictor.detect([prepared])
-        scale = rule.scales(np.array([prepared.size], float))
-        levels = rule.assign(instances.pred_boxes.area().numpy().astype(float), np.repeat(scale, len(instances)))
+        levels = rule.assign_in(instances.pred_boxes.tensor.numpy().astype(float), prepared.size)
         image = to_bgr(prepared.pixels, predictor.cfg.INPUT.FORMAT)
         instances.pred_classes = torch.as_tensor(levels)
         names = {level: f"p{level}" for level in rule.levels}
@@ -41,10 +43,52 @@ def draw_levels(predictor: Predictor, rule: Rule, paths: Sequence[str], min_scor
     return np.hstack(tiles)
 
 
-def draw_maps(predictor: Predictor, path: str) -> np.ndarray:
-    """An image beside the maps of its pyramid, each as the mean of the absolute values over its channels.
+@dataclass
+class Map:
+    """One map of a pyramid.
 
-    Every map is stretched to its own range; dark is its least value.
+    Attributes:
+        name: as "p2".
+        size: its rows and columns.
+        picture: (h, w, 3), BGR, of the part that shows the image, not its padding: the mean of the absolute values
+            over the channels, stretched to its own range; dark is its least value.
+    """
+
+    name: str
+    size: tuple[int, int]
+    picture: np.ndarray
+
+
+def detect_with_maps(predictor: Predictor, prepared: Prepared) -> tuple[Instances, list[Map]]:
+    """Detect objects in an image, and keep the maps of its pyramid, high to low resolution.
+
+    Args:
+        predictor: a model with a backbone that gives maps.
+        prepared: the image; of one in tiles the maps are those of the last batch's first.
+    """
+    kept: dict[str, Tensor] = {}
+    handle = predictor.model.backbone.register_forward_hook(lambda module, args, output: kept.update(output))
+    try:
+        (instances,) = predictor.detect([prepared])
+    finally:
+        handle.remove()
+    height, width = prepared.views[0].tensor.shape[1:]
+    padded = max(features.shape[2] for features in kept.values())
+    finest = 2.0 ** round(np.log2(max(height / padded, 1)))
+    maps = []
+    for name, features in sorted(kept.items()):
+        rows, columns = features.shape[2:]
+        values = features[0].float().abs().mean(0).cpu().numpy()
+        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+        stride = finest * padded / rows
+        values = values[: max(1, round(height / stride)), : max(1, round(width / stride))]
+        picture = cv2.applyColorMap((255 * values).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
+        maps.append(Map(name, (rows, columns), picture))
+    return instances, maps
+
+
+def draw_maps(predictor: Predictor, path: str) -> np.ndarray:
+    """An image beside the maps of its pyramid, see `Map`.
 
     Args:
         predictor: a model with a backbone that gives maps.
@@ -53,27 +97,14 @@ def draw_maps(predictor: Predictor, path: str) -> np.ndarray:
     Returns:
         A picture, (H, W, 3), BGR.
     """
-    kept: dict[str, Tensor] = {}
-    handle = predictor.model.backbone.register_forward_hook(lambda module, args, output: kept.update(output))
-    try:
-        prepared = predictor.prepare(path)
-        predictor.detect([prepared])
-    finally:
-        handle.remove()
+    prepared = predictor.prepare(path)
+    _, maps = detect_with_maps(predictor, prepared)
     height, width = prepared.views[0].tensor.shape[1:]
     image = to_bgr(prepared.pixels, predictor.cfg.INPUT.FORMAT)
     panels = [_panel(cv2.resize(np.ascontiguousarray(image), (width, height)), f"image {height} x {width}")]
-    padded = max(features.shape[2] for features in kept.values()), max(features.shape[3] for features in kept.values())
-    for name, features in sorted(kept.items()):
-        rows, columns = features.shape[2:]
-        stride = padded[0] / rows
-        values = features[0].float().abs().mean(0).cpu().numpy()
-        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-        finest = 2.0 ** round(np.log2(max(height / padded[0], 1)))
-        values = values[: max(1, round(height / finest / stride)), : max(1, round(width / finest / stride))]
-        coloured = cv2.applyColorMap((255 * values).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
-        resized = cv2.resize(coloured, (width, height), interpolation=cv2.INTER_NEAREST)
-        panels.append(_panel(resized, f"{name} {rows} x {columns}"))
+    for one in maps:
+        resized = cv2.resize(one.picture, (width, height), interpolation=cv2.INTER_NEAREST)
+        panels.append(_panel(resized, f"{one.name} {one.size[0]} x {one.size[1]}"))
     return np.hstack(panels)
 
 

@@ -41,7 +41,8 @@ class Report:
             lines.append(f"| {name} | " + " | ".join(_number(row[key]) for key in keys) + " |")
         levels = [f"p{level}" for level in self.rule.levels]
         lines += ["", "Objects per level, in percent:", ""]
-        lines += ["| canonical box size, level | " + " | ".join(levels) + " |", "| --- |" + " ---: |" * len(levels)]
+        lines += ["| canonical box size, level, or rule | " + " | ".join(levels) + " |"]
+        lines += ["| --- |" + " ---: |" * len(levels)]
         for name, shares in self.others.items():
             lines.append(f"| {name} | " + " | ".join(f"{100 * share:.0f}" for share in shares) + " |")
         return "\n".join(lines)
@@ -65,9 +66,9 @@ def report_levels(
     """
     scales = rule.scales(scored.sizes)
     truth = take(scored.truth, ~scored.truth.crowd)
-    level = rule.assign(truth.area, scales[truth.image])
+    level = rule.assign(truth.box, scales[truth.image])
     sides = np.sqrt(truth.area) * scales[truth.image]
-    groups = {f"p{k}": (lambda o, k=k: rule.assign(o.area, scales[o.image]) == k) for k in rule.levels}
+    groups = {f"p{k}": (lambda o, k=k: rule.assign(o.box, scales[o.image]) == k) for k in rule.levels}
     groups |= {name: (lambda o, a=a, b=b: (o.area >= a) & (o.area < b)) for name, a, b in SIZES}
     rows = {}
     pairs = overlaps(scored, 0.5) if with_model else None
@@ -90,13 +91,9 @@ def report_levels(
     shares = {}
     half, twice = (rule.other(rule.canonical_box_size * factor) for factor in (0.5, 2.0))
     for one in (rule, half, twice, *others):
-        found = one.assign(truth.area, one.scales(scored.sizes)[truth.image])
-        shares[_words(one)] = [float((found == k).mean()) if len(found) else 0.0 for k in one.levels]
+        found = one.assign(truth.box, one.scales(scored.sizes)[truth.image])
+        shares[one.words()] = [float((found == k).mean()) if len(found) else 0.0 for k in one.levels]
     return Report(rule, (sides, level), rows, shares)
-
-
-def _words(rule: Rule) -> str:
-    return f"{rule.canonical_box_size:g}, {rule.canonical_level}"
 
 
 def _without_class(objects: Objects) -> Objects:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from detectron2.config import CfgNode
 
 from fpn_d2.analysis.errors.detections import read_truth
 from fpn_d2.analysis.level_rule import Rule
@@ -27,6 +28,7 @@ def levels_of_boxes(
     opts: Sequence[str] = (),
     canonical_box_size: float | None = None,
     canonical_level: int | None = None,
+    other_rule: str | None = None,
 ) -> tuple[Report, list[str]]:
     """Report on the boxes of a data set alone.
 
@@ -38,14 +40,16 @@ def levels_of_boxes(
         opts: over the configuration.
         canonical_box_size: of a rule to compare with.
         canonical_level: of a rule to compare with.
+        other_rule: name of a rule to compare with, as "finest".
 
     Returns:
         The report, and the files that were written.
     """
     if path.endswith((".yaml", ".yml")):
         config = path
-    rule = Rule.of(configuration_of(path, config, opts)[0])
-    others = _others(rule, canonical_box_size, canonical_level)
+    cfg, _ = configuration_of(path, config, opts)
+    rule = Rule.of(cfg)
+    others = _others(cfg, rule, canonical_box_size, canonical_level, other_rule)
     report = report_levels(read_truth(annotations), rule, with_model=False, others=others)
     return report, write_report(report, output)
 
@@ -60,6 +64,7 @@ def levels_of_model(
     picture_score: float = 0.5,
     canonical_box_size: float | None = None,
     canonical_level: int | None = None,
+    other_rule: str | None = None,
     progress: bool = True,
 ) -> tuple[Report, list[str]]:
     """Report on a model that runs over a data set, with ``detections.jpg`` (by level) and ``maps.jpg``.
@@ -73,14 +78,15 @@ def levels_of_model(
         picture_score: detections of at least this score are drawn.
         canonical_box_size: of a rule to compare with.
         canonical_level: of a rule to compare with.
+        other_rule: name of a rule to compare with, as "finest".
         progress: whether to show a bar.
 
     Returns:
         The report, and the files that were written.
     """
     rule = Rule.of(predictor.cfg)
+    others = _others(predictor.cfg, rule, canonical_box_size, canonical_level, other_rule)
     scored, proposals = collect(predictor, annotations, images, max_images, progress)
-    others = _others(rule, canonical_box_size, canonical_level)
     report = report_levels(scored, rule, proposals, others=others)
     paths = write_report(report, output)
     chosen = np.unique(np.linspace(0, len(scored.files) - 1, min(_SHOWN, len(scored.files))).round().astype(int))
@@ -94,5 +100,6 @@ def levels_of_model(
     return report, paths
 
 
-def _others(rule: Rule, size: float | None, level: int | None) -> tuple[Rule, ...]:
-    return () if size is None and level is None else (rule.other(size, level),)
+def _others(cfg: CfgNode, rule: Rule, size: float | None, level: int | None, name: str | None) -> tuple[Rule, ...]:
+    found = () if size is None and level is None else (rule.other(size, level),)
+    return found if name is None else (*found, Rule.of(cfg, name))

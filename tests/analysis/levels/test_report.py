@@ -2,10 +2,12 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
@@ -21,7 +23,9 @@ from fpn_d2.checkpoint.contents import contents
 from fpn_d2.cli.levels import EXAMPLE
 from fpn_d2.data import register_from_config
 from fpn_d2.engine import ReportingCheckpointer
+from fpn_d2.errors import UserError
 from fpn_d2.evaluation.coco_results import evaluate_predictions
+from fpn_d2.modeling import ROI_RULE_REGISTRY
 from tests.analysis.errors.test_tide import random_data, scored
 from tests.engine.small import TEST, small_config
 
@@ -46,6 +50,38 @@ def test_rows_and_other_rules():
         "1000, 4": [1.0, 0.0, 0.0],
     }
     assert np.isnan(report.rows["large"]["AP"]) and "| p4 | 2 | 7.5 |" in report.table()
+
+
+class LongerSide:
+    """A user's rule that looks at more than the area."""
+
+    def __init__(self, levels):
+        self.levels = levels
+
+    @classmethod
+    def from_config(cls, cfg, levels, channels):
+        return {"levels": levels}
+
+    def __call__(self, box_lists):
+        longer = torch.cat([(boxes.tensor[:, 2:] - boxes.tensor[:, :2]).amax(1) for boxes in box_lists])
+        return (longer >= 100).long()
+
+
+def test_rules_that_are_not_the_canonical_one(tmp_path, scenes, monkeypatch):
+    monkeypatch.setitem(ROI_RULE_REGISTRY._obj_map, "longer", LongerSide)
+    cfg = small_config(tmp_path, scenes)
+    data = scored([(0, 0, 0, 0, 10, 60), (0, 0, 0, 0, 40, 40)], [])
+    scales = np.full(2, 2.0)
+    canonical, finest, longer = Rule.of(cfg), Rule.of(cfg, "finest"), Rule.of(cfg, "longer")
+    np.testing.assert_array_equal(longer.assign(data.truth.box, scales), [3, 2])
+    np.testing.assert_array_equal(finest.assign(data.truth.box, 100 * scales), [2, 2])
+    np.testing.assert_array_equal(canonical.assign(data.truth.box, 100 * scales), [5, 5])
+    assert longer.other(112) == canonical.other(112) and longer.words() == "longer"
+    assert Rule.of(cfg, "soft") == replace(canonical, name="soft")  # pooled from two levels: by its canonical one
+    with pytest.raises(UserError, match="fines.*did you mean finest"):
+        Rule.of(cfg, "fines")
+    changed = small_config(tmp_path / "b", scenes, "MODEL.ROI_LEVEL_ASSIGN.NAME", "finest")
+    assert report_levels(data, Rule.of(changed), with_model=False).rows["p2"]["objects"] == 2
 
 
 def coco_rows(rows: Objects) -> list[dict]:
@@ -131,7 +167,7 @@ def test_the_example_in_help_runs(trained, monkeypatch, capsys):
     assert "proposal recall" in capsys.readouterr().out
     for name in ("levels.png", "detections.jpg", "maps.jpg"):
         assert cv2.imread(f"output/levels/{name}").size
-    boxes_alone = "levels cfg/config.yaml my/val.json --output output/boxes --canonical-box-size 30"
+    boxes_alone = "levels cfg/config.yaml my/val.json --output output/boxes --canonical-box-size 30 --other-rule finest"
     assert cli.main(shlex.split(boxes_alone)) == 0
     out = capsys.readouterr().out
-    assert "| 30, 4 |" in out and "proposals" not in out
+    assert "| 30, 4 |" in out and "| finest | 100 | 0 | 0 | 0 |" in out and "proposals" not in out

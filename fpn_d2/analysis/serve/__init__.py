@@ -1,0 +1,1 @@
+"""A detector behind a small page and a JSON API."""
