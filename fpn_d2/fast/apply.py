@@ -7,6 +7,7 @@ from torch import nn
 
 from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastStem
 from .convolution import FastConvolution, FastTorchConvolution
+from .detections import FastBoxPredictor
 from .guard import Fast, mixed
 from .linear import FastBoxHead
 from .necks import FastFPN
@@ -25,6 +26,7 @@ TABLE: dict[str, type[Fast]] = {
     "detectron2.modeling.backbone.resnet.BottleneckBlock": FastBottleneckBlock,
     "detectron2.modeling.proposal_generator.rpn.RPN": FastRPN,
     "detectron2.modeling.roi_heads.box_head.FastRCNNConvFCHead": FastBoxHead,
+    "detectron2.modeling.roi_heads.fast_rcnn.FastRCNNOutputLayers": FastBoxPredictor,
     "detectron2.modeling.roi_heads.keypoint_head.KRCNNConvDeconvUpsampleHead": FastKeypointHead,
     "detectron2.modeling.poolers.ROIPooler": FastROIPooler,
     "fpn_d2.modeling.poolers.PyramidROIPooler": FastLevelPooler,

@@ -25,7 +25,8 @@ class Weights(NamedTuple):
         weight: (C', C / groups, h, w), as in the module.
         scale: (C',) factors of the weights, from a frozen norm; None: 1.
         bias: (C',) or None, that of the norm included.
-        packed: the weights, scaled, as :func:`winograd.pack` makes them; None: to be made in the call.
+        packed: the weights as :func:`winograd.pack` makes them, where :func:`winograd.pays` says so of them, or else as
+            :func:`onednn_conv.reorder` does; None: to be made in the call. There is no scale then.
     """
 
     weight: Tensor
@@ -123,7 +124,7 @@ def _convolved(conv: FastConvolution, x: Tensor, folds: bool, relu: bool, add: T
             return _then(winograd.conv3x3(x, weights.weight, weights.bias, weights.scale), relu, add)
         packed = weights.packed
         if packed is None:
-            packed = winograd.pack(winograd.scaled(weights.weight, weights.scale), winograd.factor_dtype(x))
+            packed = winograd.pack(weights.weight, winograd.factor_dtype(x), weights.scale)
         out = winograd.convolve(x, packed, weights.bias, relu and add is None)
         return out if add is None else _then(out, relu, add)
     if not grads:
@@ -148,7 +149,9 @@ def _scales_outputs(x: Tensor, weights: Weights, geometry: onednn_conv.Geometry)
 def _without_gradients(
     x: Tensor, weights: Weights, geometry: onednn_conv.Geometry, relu: bool, add: Tensor | None
 ) -> Tensor:
-    weight = winograd.scaled(weights.weight, weights.scale).to(x.dtype)
+    weight = weights.packed
+    if weight is None:
+        weight = winograd.scaled(weights.weight, weights.scale).to(x.dtype)
     bias = None if weights.bias is None else weights.bias.to(x.dtype)
     if onednn_conv.works(x):
         return onednn_conv.convolve(x, weight, bias, geometry, relu, add)

@@ -1,12 +1,14 @@
 """Convolutions whose weights are final: norms are folded in for good, and transformed weights are kept."""
 
+from collections.abc import Callable
+
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from . import winograd
+from . import onednn_conv, winograd
 from .convolution import PLAIN_3X3, FastConvolution, FastTorchConvolution, Weights, folded_scale
-from .guard import mixed, need_not_be_called
+from .guard import mixed, need_gradients, need_not_be_called
 
 
 class FrozenConvolution(FastConvolution):
@@ -20,15 +22,26 @@ class FrozenConvolution(FastConvolution):
         """See :class:`FastConvolution`."""
         scale, bias = folded_scale(self) if folds else (None, self.bias)
         packed = None
-        if scale is None and _shape(self) == PLAIN_3X3 and winograd.pays(x, self.weight, bias, packed=True):
-            packed = self._packed_for(winograd.factor_dtype(x))
+        if scale is None and not need_gradients(x, bias):
+            if _shape(self) == PLAIN_3X3 and winograd.pays(x, self.weight, bias, packed=True):
+                packed = self._transformed(winograd.factor_dtype(x))
+            elif onednn_conv.works(x):
+                packed = self._reordered(x)
         return Weights(self.weight, scale, bias, packed)
 
-    def _packed_for(self, dtype: torch.dtype) -> Tensor:
+    def _transformed(self, dtype: torch.dtype) -> Tensor:
+        return self._keep(("minimal filtering", dtype), lambda: winograd.pack(self.weight, dtype))
+
+    def _reordered(self, x: Tensor) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        # For the first map that comes: what is best for another size hardly differs.
+        return self._keep((geometry, x.dtype), lambda: onednn_conv.reorder(self.weight.to(x.dtype), x.shape, geometry))
+
+    def _keep(self, form: tuple, make: Callable[[], Tensor]) -> Tensor:
         made_from = (self.weight.data_ptr(), self.weight._version)
-        kept = self._kept.get(dtype)
+        kept = self._kept.get(form)
         if kept is None or kept[0] != made_from:
-            kept = self._kept[dtype] = made_from, winograd.pack(self.weight, dtype)
+            kept = self._kept[form] = made_from, make()
         return kept[1]
 
     def _apply(self, fn, *args, **kwargs) -> nn.Module:
@@ -63,7 +76,7 @@ def transform_weights(module: nn.Module) -> None:
     """Transform the weights of all frozen 3x3 convolutions now, not in the first call."""
     for conv in module.modules():
         if isinstance(conv, FrozenConvolution) and _shape(conv) == PLAIN_3X3 and winograd.can_pack(conv.weight):
-            conv._packed_for(winograd.factor_dtype(conv.weight))
+            conv._transformed(winograd.factor_dtype(conv.weight))
 
 
 def _shape(conv: nn.Conv2d) -> tuple:

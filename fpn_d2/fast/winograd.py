@@ -42,7 +42,7 @@ OP = Op(
     otherwise="in PyTorch",
     problem=problem(
         "num_images height width in_channels out_channels num_threads relu in_bfloat16",
-        "input packed weights strides bias output weight_gradient",
+        "input packed weights strides scale bias output weight_gradient",
     ),
     functions=(
         "winograd_pack",
@@ -137,13 +137,24 @@ def factor_dtype(x: Tensor) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and OP.ask("winograd_has_bfloat16") else torch.float32
 
 
-def pack(weight: Tensor, factors: torch.dtype) -> Tensor:
-    """Transform weights (C', C, 3, 3) to 36 matrices of C' x C, of type ``factors``, in the order of reading."""
-    weight = weight.detach().float()
+def pack(weight: Tensor, factors: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """Transform weights (C', C, 3, 3), times ``scale`` (C',), to 36 matrices of C' x C, in the order of reading.
+
+    Args:
+        weight: (C', C, 3, 3).
+        factors: the type of the matrices.
+        scale: (C',) or None: 1.
+    """
     packed = memory.empty((36 * weight.shape[0] * weight.shape[1],), factors)
     sizes = {"out_channels": weight.shape[0], "in_channels": weight.shape[1]}
-    _run("winograd_pack", factors, weights=weight, strides=weight.stride(), output=packed, **sizes)
+    _run("winograd_pack", factors, output=packed, **sizes, **_weights(weight, scale))
     return packed
+
+
+def _weights(weight: Tensor, scale: Tensor | None) -> dict:
+    weight = weight.detach().float()
+    scale = None if scale is None else scale.detach().float().contiguous()
+    return {"weights": weight, "strides": weight.stride(), "scale": scale}
 
 
 class _Convolution(torch.autograd.Function):
@@ -151,7 +162,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, scale):
         ctx.save_for_backward(x, weight, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _convolve(x, weight.shape[0], bias, scaled(weight, scale))
+        return _convolve(x, weight.shape[0], bias, weight, scale)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -204,14 +215,12 @@ def _convolve(
     out_channels: int,
     bias: Tensor | None,
     weight: Tensor | None = None,
+    scale: Tensor | None = None,
     relu: bool = False,
     packed: Tensor | None = None,
 ) -> Tensor:
     out = memory.empty((x.shape[0], out_channels, *x.shape[2:]), x.dtype, channels_last=True)
-    weights = {}
-    if packed is None:
-        weight = weight.detach().float()
-        weights = {"weights": weight, "strides": weight.stride()}
+    weights = _weights(weight, scale) if packed is None else {}
     bias = None if bias is None else bias.detach().float().contiguous()
     factors = factor_dtype(x) if packed is None else packed.dtype
     _run(f"winograd_convolve_{_name(x)}", factors, x, out, packed=packed, bias=bias, relu=relu, **weights)

@@ -99,6 +99,37 @@ void multiply(int64_t width, int64_t rows, int64_t depth, const E* x, int64_t x_
 
 // ---- The whole operations.
 
+// A block of kLanes x kLanes weights at one or nine places of the kernel, with the output channels in vectors.
+struct WeightBlock {
+    Float16 of[9 * kLanes];
+    int64_t c_step, i_step;  // between vectors of neighbouring input channels, and places
+
+    // Of output channels from o, input channels from c.
+    void read(const Problem& p, int64_t o, int64_t c) {
+        const float* from = p.weights + o * p.strides[0] + c * p.strides[1];
+        const bool rows = p.strides[2] == 3 * p.strides[3];
+        const bool contiguous = rows && p.strides[3] == 1 && p.strides[1] == 9;
+        const bool channels_last = rows && p.strides[1] == 1;
+        c_step = contiguous ? 9 : 1;
+        i_step = contiguous ? 1 : kLanes;
+        if (contiguous || channels_last) {
+            for (int64_t i = 0; i < 9; ++i)
+                transpose(from + (contiguous ? i * kLanes : i * p.strides[3]), p.strides[0], of + i * kLanes);
+        } else {
+            for (int64_t i = 0; i < 9; ++i)
+                for (int64_t k = 0; k < kLanes; ++k)
+                    for (int64_t r = 0; r < kLanes; ++r)
+                        of[i * kLanes + k][r] = from[r * p.strides[0] + k * p.strides[1] + i / 3 * p.strides[2] +
+                                                     i % 3 * p.strides[3]];
+        }
+        if (p.scale) {
+            const Float16 scale = load<Float16>(p.scale + o);
+            for (auto& vector : of) vector *= scale;
+        }
+    }
+    const Float16& at(int64_t c, int64_t i) const { return of[c * c_step + i * i_step]; }
+};
+
 // G g G^T of all weights as (36, panel, C / kTerms<E>, channels of the panel).
 template <typename E> void pack_weights(const Problem& p, E* packed) {
     const WeightTransform transform;
@@ -106,21 +137,16 @@ template <typename E> void pack_weights(const Problem& p, E* packed) {
     const int64_t C = p.in_channels, O = p.out_channels, blocks_in = C / kLanes, blocks = blocks_in * (O / kLanes);
     std::atomic<int64_t> next{0};
     in_threads(std::min(p.num_threads, blocks), [&] {
-        float weights[9][kLanes][kLanes];
+        WeightBlock weights;
         for (int64_t block; (block = next.fetch_add(1)) < blocks;) {
             const int64_t c0 = block % blocks_in * kLanes, o0 = block / blocks_in * kLanes;
-            for (int64_t o = 0; o < kLanes; ++o)
-                for (int64_t i = 0; i < 9; ++i) {
-                    const float* from = p.weights + (o0 + o) * p.strides[0] + c0 * p.strides[1] +
-                                        i / 3 * p.strides[2] + i % 3 * p.strides[3];
-                    for (int64_t c = 0; c < kLanes; ++c) weights[i][c][o] = from[c * p.strides[1]];
-                }
+            weights.read(p, o0, c0);
             const int64_t panel = o0 / kPanel * kPanel, width = std::min(kPanel, O - panel);
             for (int64_t c = 0; c < kLanes; c += kTerms<E>) {
                 Float16 d[2][kPositions];
                 for (int64_t term = 0; term < kTerms<E>; ++term) {
                     Float16 w[9], t[kIn * 3];
-                    for (int i = 0; i < 9; ++i) w[i] = load<Float16>(weights[i][c + term]);
+                    for (int i = 0; i < 9; ++i) w[i] = weights.at(c + term, i);
                     for (int i = 0; i < kIn; ++i)
                         for (int x = 0; x < 3; ++x)
                             t[i * 3 + x] = g[i][0] * w[x] + g[i][1] * w[3 + x] + g[i][2] * w[6 + x];

@@ -19,6 +19,7 @@ struct Problem {
     const void* packed;         // what winograd_pack wrote, or null: then from `weights`
     const float* weights;       // element (o, c, y, x) at o * strides[0] + c * strides[1] + ...
     const int64_t* strides;     // (4)
+    const float* scale;         // (C') factors of the weights, or null
     const float* bias;          // (C') or null
     void* output;               // (N, H, W, C'); for the gradient of the weights, the gradient of the output
     float* weight_gradient;     // (3, 3, C, C')
@@ -86,6 +87,35 @@ struct WeightTransform {  // G
         g[kIn - 1][2] = 1;
     }
 };
+
+// Read a square of kLanes rows, `step` apart, and store its columns.
+inline void transpose(const float* from, int64_t step, Float16* to) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FPN_D2_SHUFFLES
+#endif
+#endif
+#ifdef FPN_D2_SHUFFLES
+    // Four times, vectors i and i + 8 are interleaved into 2 i and 2 i + 1.
+    Float16 a[kLanes], b[kLanes];
+    for (int i = 0; i < kLanes; ++i) a[i] = load<Float16>(from + i * step);
+    const auto interleave = [](const Float16* x, Float16* y) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+            const Float16 low = x[i], high = x[i + kLanes / 2];
+            y[2 * i] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] =
+                __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    };
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
+    interleave(b, to);
+#else
+    for (int64_t i = 0; i < kLanes; ++i)
+        for (int64_t k = 0; k < kLanes; ++k) to[k][i] = from[i * step + k];
+#endif
+}
 
 // ---- Factors: float, or a Pair of bfloat16 whose products are summed at once. A matrix of pairs has half the depth.
 

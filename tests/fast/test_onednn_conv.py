@@ -70,6 +70,10 @@ def test_values(kernel, geometry, added, relu, dtype, bias):
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert (out.double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
     assert add is None or torch.equal(add, before)  # what is added may be an output of the network as well
+    for height in (x.shape[2], 40):  # in oneDNN's layout for this size or another
+        reordered = onednn_conv.reorder(weight, (*x.shape[:2], height, x.shape[3]), geometry)
+        again = onednn_conv.convolve(x, reordered, offset, geometry, relu, add)
+        assert (again.double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
 
 
 @pytest.mark.parametrize(("stride", "width"), [(1, 13), (2, 14)])

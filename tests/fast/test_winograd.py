@@ -310,3 +310,21 @@ def test_second_derivatives():
         first = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)[0]
         found.append(torch.autograd.grad(first.square().sum(), leaves[1])[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3 * float(found[1].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_channels,channels", [(16, 48), (80, 16)])
+def test_weights_in_every_layout_and_scaled(dtype, out_channels, channels):
+    weight, scale = torch.randn(out_channels, channels, 3, 3), torch.randn(out_channels)
+    expected = winograd.pack((weight.double() * scale.double()[:, None, None, None]).float(), dtype)
+    laid_out = [
+        weight,
+        weight.contiguous(memory_format=torch.channels_last),
+        weight.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.flip(2, 3).contiguous(memory_format=torch.channels_last).flip(2, 3),
+        weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
+        torch.cat([weight, weight], dim=3)[..., :3],
+    ]
+    for one in laid_out:
+        torch.testing.assert_close(winograd.pack(one, dtype, scale).float(), expected.float(), rtol=2e-2, atol=1e-5)
+        assert torch.equal(winograd.pack(one, dtype), winograd.pack(weight, dtype))
