@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LARGE = 4 << 20  # bytes; what is smaller is PyTorch's
-KEPT = 96 << 20  # bytes of all blocks that may be used again
+KEPT = 120 << 20  # bytes of all blocks that may be used again
 _PAGE = 2 << 20
 
 _blocks: list[mmap.mmap] = []  # those used longest ago first
