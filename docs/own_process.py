@@ -5,8 +5,8 @@
     python docs/own_process.py --size 800x1067 --memory
 
 Detectron2's Faster R-CNN R-50 FPN, the same with two words and with three, and the last optimised, in turn, with the
-same random weights. --pooling: RoIAlign of 1000 RoIs from four levels, forward and backward. --memory: by how much an inference raises the peak of a process of its own, ours as a share of
-Detectron2's, of RetinaNet and Mask R-CNN.
+same random weights. --pooling: RoIAlign of 1000 RoIs from four levels, forward and backward. --memory: by how much an
+inference raises the peak of a process of its own, ours as a share of Detectron2's, of RetinaNet and Mask R-CNN.
 """
 
 import argparse
@@ -62,8 +62,8 @@ def time_it(height: int, width: int, rounds: int) -> None:
 def pool(height: int, width: int, rounds: int) -> None:
     for line in pooling(Timing(rounds, warmup=1), rois=1000, backward=True, size=(height, width)):
         ratio, own = line["ratio"], line["own"]
-        low, high = ratio["quartiles"]
-        print(f"{line['ours']:13} {ratio['median']:.1f} ({low:.1f} to {high:.1f}; {rounds})  {own['median'] * 1000:.0f} ms")
+        spread = "{:.1f} ({:.1f} to {:.1f}; {})".format(ratio["median"], *ratio["quartiles"], rounds)
+        print(f"{line['ours']:13} {spread}  {own['median'] * 1000:.0f} ms")
 
 
 def weigh(height: int, width: int) -> None:
