@@ -30,6 +30,13 @@ from .remembered import recall, remember
 _registered: dict[str, tuple[tuple, tuple]] = {}
 
 
+# Of the entries of each key: what they need, and what they may have.
+_FIELDS = {
+    "COCO_FORMAT": (("NAME", "JSON", "IMAGES"), ()),
+    "VOC_FORMAT": (("NAME", "DIR", "SPLIT"), ("CLASSES",)),
+}
+
+
 def register_from_config(cfg: CfgNode) -> None:
     """Register the data sets of ``DATASETS.COCO_FORMAT`` and ``DATASETS.VOC_FORMAT`` in this process.
 
@@ -44,11 +51,8 @@ def register_from_config(cfg: CfgNode) -> None:
         ValueError: If an entry or an annotation file is malformed, or a name stands for other data already.
     """
     seen: set[str] = set()
-    for key, fields, optional, register in (
-        ("COCO_FORMAT", ("NAME", "JSON", "IMAGES"), (), _register_coco),
-        ("VOC_FORMAT", ("NAME", "DIR", "SPLIT"), ("CLASSES",), _register_voc),
-    ):
-        for entry in _entries(cfg.DATASETS[key], f"DATASETS.{key}", fields, optional):
+    for (key, fields), register in zip(_FIELDS.items(), (_register_coco, _register_voc), strict=True):
+        for entry in _entries(cfg.DATASETS[key], f"DATASETS.{key}", *fields):
             if entry["NAME"] in seen:
                 raise ValueError(f"DATASETS.COCO_FORMAT and VOC_FORMAT name the data set {entry['NAME']!r} twice.")
             seen.add(entry["NAME"])
@@ -68,6 +72,13 @@ def check_others(cfg: CfgNode, *, train: bool) -> None:
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
         if name not in _registered:
             settle_registered(cfg, name, training=train and name in cfg.DATASETS.TRAIN)
+
+
+def sources(cfg: CfgNode) -> dict[str, tuple[str | None, str]]:
+    """Annotation file, None for VOC, and image folder of the sets of the configuration, by name; nothing is read."""
+    coco, voc = (_entries(cfg.DATASETS[key], f"DATASETS.{key}", *fields) for key, fields in _FIELDS.items())
+    found: dict[str, tuple[str | None, str]] = {entry["NAME"]: (entry["JSON"], entry["IMAGES"]) for entry in coco}
+    return found | {entry["NAME"]: (None, os.path.join(entry["DIR"], "JPEGImages")) for entry in voc}
 
 
 def class_names(cfg: CfgNode) -> list[str]:

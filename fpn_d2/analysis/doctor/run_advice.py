@@ -27,7 +27,7 @@ def read_metrics(folder: str) -> list[dict]:
                 records.append(json.loads(line))
             except ValueError:
                 break  # the last line of a run that was killed
-    return records
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("iteration"), int)]
 
 
 def explain_run(folder: str) -> list[str]:

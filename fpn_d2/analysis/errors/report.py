@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 
 import cv2
 import matplotlib
@@ -92,7 +93,13 @@ def report_errors(
         min_score: detections with a lower score are left out of the confusion matrix.
         rule: for figures by level.
     """
-    scored = read(annotations, predictions)
+    return report_scored(read(annotations, predictions), t_f=t_f, t_b=t_b, min_score=min_score, rule=rule)
+
+
+def report_scored(
+    scored: Scored, *, t_f: float = 0.5, t_b: float = 0.1, min_score: float = 0.3, rule: Rule | None = None
+) -> Report:
+    """As `report_errors`, of what has been read already."""
     errors = find_errors(scored, t_f, t_b)
     counts = {name: int((errors.kind == number).sum()) for number, name in enumerate(KINDS[:MISSED])}
     counts["missed"] = int(errors.missed.sum())
@@ -214,27 +221,41 @@ def _draw_confusion(axes, report: Report) -> None:
         axes.set_yticks(range(len(names)), names)
         for (row, column), value in np.ndenumerate(report.confusion):
             if value:
-                colour = "white" if share[row, column] > 0.5 else "black"
+                # On cells that stay as they are: pages that turn black and white round leave these two alone.
+                colour = "#fefefe" if share[row, column] > 0.5 else "#010101"
                 axes.text(column, row, str(value), ha="center", va="center", color=colour, fontsize=8)
 
 
 def worst(report: Report, images: str, count: int, side: int = 420) -> np.ndarray:
-    """The images with the heaviest errors: wrong detections by their score, missed objects as one each.
-
-    Returns:
-        A picture in BGR: missed objects in white, wrong detections in the colour of their error type with its name.
-    """
-    scored, errors = report.scored, report.errors
-    wrong = errors.kind >= 0
-    weight = np.bincount(scored.found.image[wrong], scored.found.score[wrong], len(scored.files))
-    weight += np.bincount(scored.truth.image[errors.missed], minlength=len(scored.files))
-    chosen = [i for i in np.argsort(-weight, kind="stable")[:count] if weight[i] > 0]
-    tiles = [_wrong_picture(report, int(image), images, side) for image in chosen]
+    """The images of `worst_images` in one picture, up to four in a row."""
+    tiles = [_square(one, side) for _, one in worst_images(report, images, count, side)]
     if not tiles:
         tiles = [np.full((side, side, 3), 255, np.uint8)]
     columns = min(4, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+
+
+def worst_images(report: Report, images: str, count: int, side: int = 420) -> Iterator[tuple[str, np.ndarray]]:
+    """The images with the heaviest errors: wrong detections by their score, missed objects as one each.
+
+    Args:
+        report: the figures.
+        images: folder of the images.
+        count: how many, at most.
+        side: pixels of the longer side of a picture.
+
+    Yields:
+        The name of the file, and a picture in BGR: missed objects in white, wrong detections in the colour of their
+        error type with its name.
+    """
+    scored, errors = report.scored, report.errors
+    wrong = errors.kind >= 0
+    weight = np.bincount(scored.found.image[wrong], scored.found.score[wrong], len(scored.files))
+    weight += np.bincount(scored.truth.image[errors.missed], minlength=len(scored.files))
+    for image in np.argsort(-weight, kind="stable")[:count]:
+        if weight[image] > 0:
+            yield scored.files[image], _wrong_picture(report, int(image), images, side)
 
 
 def _wrong_picture(report: Report, image: int, folder: str, side: int) -> np.ndarray:
@@ -253,6 +274,10 @@ def _wrong_picture(report: Report, image: int, folder: str, side: int) -> np.nda
         x1, y1, x2, y2 = (int(round(v)) for v in scored.truth.box[row] * scale)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), (255, 255, 255), 2)
         write(canvas, f"missed {scored.class_names[scored.truth.label[row]]}", (x1, y1), (255, 255, 255))
+    return canvas
+
+
+def _square(picture: np.ndarray, side: int) -> np.ndarray:
     square = np.full((side, side, 3), 255, np.uint8)
-    square[: canvas.shape[0], : canvas.shape[1]] = canvas[:side, :side]
+    square[: picture.shape[0], : picture.shape[1]] = picture[:side, :side]
     return square
