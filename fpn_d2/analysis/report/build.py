@@ -25,7 +25,7 @@ from fpn_d2.files import write_atomically
 from fpn_d2.inference.drawing import draw
 
 from .figures import curves, themed_svg
-from .page import default_place, escape, missing, page, paragraph, picture, table, tiles
+from .page import escape, missing, page, paragraph, picture, table, tiles
 from .run_folder import Run, read_run
 
 _SIDE = 420  # pixels of an image in the gallery
@@ -56,7 +56,7 @@ def report_run(
         UserError: there is no such folder, or it is not one of a run.
     """
     run = read_run(folder, annotations, images)
-    output = output or default_place(folder)
+    output = output or os.path.join(folder, "report.html")
     sections = {
         "Remarks": _remarks(run),
         "Curves": _curves(run),

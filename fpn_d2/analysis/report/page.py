@@ -3,7 +3,6 @@
 import base64
 import html
 import math
-import os
 from collections.abc import Iterable, Sequence
 
 import cv2
@@ -121,8 +120,3 @@ def picture(pixels: np.ndarray, name: str, quality: int = 82) -> str:
         f'<figure><img {size} alt="{escape(name)}" src="data:image/jpeg;base64,{text}">'
         f"<figcaption>{escape(name)}</figcaption></figure>"
     )
-
-
-def default_place(folder: str) -> str:
-    """Where the page of a run goes if nobody says."""
-    return os.path.join(folder, "report.html")
