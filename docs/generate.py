@@ -73,7 +73,7 @@ def config_table(folder: Path = CONFIGS) -> str:
         title = re.sub(r" \(\d[\d,]* iterations of \d+ images\)", "", comments[0]).rstrip(".").replace(", COCO", "")
         figures = "none" if twins[0].startswith("none") else twins[0].split("Detectron2:")[1].strip().rstrip(".")
         name = path.relative_to(folder).as_posix()
-        lines.append(f"| [{name.removesuffix('.yaml')}](configs/{name}) | {title} | {figures} |")
+        lines.append(f"| [{name.removesuffix('.yaml')}](../configs/{name}) | {title} | {figures} |")
     return "\n".join(lines)
 
 
@@ -127,12 +127,13 @@ def generate(models: bool = False, benchmarks: str | None = None) -> dict[Path, 
     added = CfgNode()
     add_fpn_d2_config(added)
     keys = key_table((ROOT / "fpn_d2" / "config.py").read_text(), flatten(added))
-    parts = [(ROOT / "docs" / "configuration.md", "keys", keys), (ROOT / "README.md", "configs", config_table())]
+    parts = [("configuration", "keys", keys), ("configs", "configs", config_table())]
     if models:
-        parts.append((ROOT / "docs" / "models.md", "models", model_table()))
+        parts.append(("models", "models", model_table()))
     if benchmarks is not None:
-        parts.append((ROOT / "docs" / "benchmarks.md", "speed", benchmark_table(benchmarks)))
-    return {path: replace_part(path.read_text(), name, part) for path, name, part in parts}
+        parts.append(("benchmarks", "speed", benchmark_table(benchmarks)))
+    paths = [ROOT / "docs" / f"{document}.md" for document, _, _ in parts]
+    return {path: replace_part(path.read_text(), *part[1:]) for path, part in zip(paths, parts, strict=True)}
 
 
 def main() -> int:

@@ -15,9 +15,10 @@ from fpn_d2.fast.roi_align.roi_align import choose
 
 from .. import parity
 from ..compare.measure import MEMORY_WORKER, inference_call, training_call
+from ..measure.complexity import count_macs
 from ..measure.memory import peak_in_child
 from ..subjects import Model, build_pair, optimized, random_batch, read_config
-from .line import Check, Ours, Timing, line, time_lines
+from .line import Check, Ours, Timing, Work, line, time_lines
 
 CONFIG = str(Path(fpn_d2.__file__).resolve().parents[1] / "configs" / "COCO-Detection" / "faster_rcnn_R_50_FPN_1x.yaml")
 # What makes Detectron2's own detector of a config of ours.
@@ -77,7 +78,8 @@ def inference(
         counts = [f"{len(came[stage]['image 0'])} {stage}" for stage in ("proposals", "detections")]
         note = ", ".join([*counts, f"pooling {choose('auto', [torch.zeros(1, 1, 1, 1)])}"])
         ours[name] = Ours(inference_call(network, batch), inference_checks(expected, came, dtype), note)
-    return time_lines(inference_call(stock.network, batch), ours, timing)
+    call = inference_call(stock.network, batch)
+    return time_lines(call, ours, timing, work=Work(count_macs(call), getattr(torch, dtype)))
 
 
 def inference_checks(expected: parity.Stages, came: parity.Stages, dtype: str) -> list[Check]:
@@ -128,7 +130,8 @@ def training(
     images = random_batch(own.cfg, batch, size)
     checks = _training_checks(*(_step(model.cfg, model.network, images) for model in (stock, own)), dtype)
     calls = [training_call(model.cfg, model.network, images) for model in (stock, own)]
-    return time_lines(calls[0], {dtype: Ours(calls[1], checks)}, timing)
+    work = Work(count_macs(calls[0]), getattr(torch, dtype))
+    return time_lines(calls[0], {dtype: Ours(calls[1], checks)}, timing, work=work)
 
 
 def _step(cfg: CfgNode, network: nn.Module, images: list[dict]) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -238,7 +241,7 @@ def _peak(config: str, opts: Sequence[str], size: Size, batch: int, huge_pages: 
             "threads": torch.get_num_threads(),
             "optimize": "",
             "variables": {HUGE_PAGES: str(int(huge_pages))},
-        }
+        },
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from ..measure.peak import matrix_peak
 from ..measure.timing import Call, Stopwatch, paired, spread
 
 DETECTRON2 = "Detectron2"
@@ -44,6 +45,24 @@ class Check:
     allowed: float
     unit: str
     within: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to multiply in what is timed, as Detectron2 does it.
+
+    Attributes:
+        macs: multiply-adds of convolutions and matrix products.
+        dtype: of ours; Detectron2's are of float32.
+    """
+
+    macs: int
+    dtype: torch.dtype = torch.float32
+
+    def shares(self, found: Mapping[str, dict]) -> dict[str, float]:
+        """By "theirs" and "own", the share of the machine's peak that the median of a :func:`line` comes to."""
+        peaks = {"theirs": matrix_peak(torch.float32), "own": matrix_peak(self.dtype)}
+        return {side: self.macs / found[side]["median"] / peak for side, peak in peaks.items()}
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,11 @@ def equal_check(what: str, theirs: Tensor, ours: Tensor, unit: str) -> Check:
 
 
 def time_lines(
-    stock: Call, ours: Mapping[str, Ours | str], timing: Timing, measure: Stopwatch | None = None
+    stock: Call,
+    ours: Mapping[str, Ours | str],
+    timing: Timing,
+    measure: Stopwatch | None = None,
+    work: Work | None = None,
 ) -> list[dict]:
     """Time Detectron2's way and each of ours in turn, in this process.
 
@@ -102,6 +125,7 @@ def time_lines(
         ours: ours by name; or why one cannot be measured here. One whose result is not Detectron2's is not timed.
         timing: how often.
         measure: times one call; by default with the clock on the wall.
+        work: what there is to multiply, for the shares of the machine's peak; None: these are not told.
 
     Returns:
         For each of ``ours`` what :func:`line` gives, or its name and "not_measured": the reason.
@@ -119,6 +143,8 @@ def time_lines(
         for name in list(calls)[1:]:
             way = ours[name]
             lines[name] = line(name, samples[DETECTRON2], samples[name], "s", way.checks, way.note)
+            if work is not None:
+                lines[name]["of_peak"] = work.shares(lines[name])
     return [lines[name] for name in ours]
 
 

@@ -16,12 +16,13 @@ from fpn_d2.fast.apply import make_fast
 from fpn_d2.fast.roi_align.roi_align import VARIABLE, choose
 from fpn_d2.modeling.poolers import PyramidROIPooler
 
+from ..measure.complexity import count_macs
 from ..measure.given_maps import GivenMaps
 from ..measure.timing import Call
 from ..parity import Tolerance
 from ..subjects import optimized, read_config
 from .detector import BFLOAT16_ALLOWED, CONFIG, STOCK, build_twins
-from .line import Check, Ours, Timing, equal_check, map_check, time_lines
+from .line import Check, Ours, Timing, Work, equal_check, map_check, time_lines
 
 _LEVELS = (2, 3, 4, 5)
 _RESOLUTION = 7  # cells of a pooled RoI
@@ -170,7 +171,8 @@ def neck(
     expected, came = (call() for call in calls)
     allowed = Tolerance().relative if dtype == "float32" else BFLOAT16_ALLOWED
     check = map_check("pyramid", list(expected.values()), [came[name] for name in expected], allowed)
-    return time_lines(calls[0], {f"optimised, {dtype}": Ours(calls[1], [check])}, timing)
+    work = Work(count_macs(calls[0]), getattr(torch, dtype))
+    return time_lines(calls[0], {f"optimised, {dtype}": Ours(calls[1], [check])}, timing, work=work)
 
 
 def proposals(timing: Timing, *, size: Size, config: str = CONFIG, opts: Sequence[str] = ()) -> list[dict]:

@@ -38,7 +38,7 @@ _CODE = (
     "fpn_d2/config.py",
     *(f"fpn_d2/{room}/**/*" for room in ("modeling", "inference", "data", "engine", "fast", "native")),
     *(f"fpn_d2/analysis/benchmark/{name}.py" for name in ("line", "parts", "detector", "data")),
-    *(f"fpn_d2/analysis/measure/{name}.py" for name in ("timing", "memory")),
+    *(f"fpn_d2/analysis/measure/{name}.py" for name in ("timing", "memory", "peak")),
     *("fpn_d2/analysis/subjects.py", "fpn_d2/analysis/compare/measure.py", "fpn_d2/analysis/compare/memory_worker.py"),
     *("configs/Base-FPN.yaml", "configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
 )

@@ -21,9 +21,12 @@ def show_table(results: Mapping[str, dict], rows: Mapping[str, Row] | None = Non
     for unit, head in _HEADS.items():
         own = {name: row for name, row in rows.items() if row.unit == unit}
         if own:
-            columns = ["what", "ours", head, "difference, and what was worked on", "command"]
+            took = {"s": "milliseconds, Detectron2's and ours", "MB": "MB, Detectron2's and ours"}[unit]
+            columns = ["what", "ours", head, took]
+            columns += ["of the machine's peak"] if unit == "s" else []
+            columns += ["difference, and what was worked on", "command"]
             lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
-            lines += [line for row in own.values() for line in _lines(row, results.get(row.name))]
+            lines += [_line(*cells) for row in own.values() for cells in _cells(row, results.get(row.name))]
             parts.append("\n".join(lines))
     return "\n\n".join(part for part in parts if part)
 
@@ -49,25 +52,32 @@ def _environment(about: Mapping[str, object]) -> str:
     return ", ".join([*versions, f"state {about['code']} of this package's code"])
 
 
-def _lines(row: Row, result: dict | None) -> list[str]:
+def _cells(row: Row, result: dict | None) -> list[list[str]]:
     command = f"`fpn-d2 benchmark --rows {row.name}`"
+    empty = [""] * (2 if row.unit == "s" else 1)
     if result is None or "failed" in result:
         why = "not run yet" if result is None else f"not measured: {_cell(result['failed'])}"
         what = row.what if result is None else result["what"]
-        return [_line(what, "", why, "", command)]
-    return [_result(result["what"], one, command) for one in result["lines"]]
+        return [[what, "", why, *empty, "", command]]
+    return [[*_result(result["what"], one, empty), command] for one in result["lines"]]
 
 
-def _result(what: str, one: Mapping[str, object], command: str) -> str:
+def _result(what: str, one: Mapping[str, object], empty: list[str]) -> list[str]:
     against = one.get("against", "Detectron2")
     if against != "Detectron2":
         what = f"{what}, against {against}"
     if "not_measured" in one:
-        return _line(what, one["ours"], f"not measured: {_cell(one['not_measured'])}", "", command)
+        return [what, one["ours"], f"not measured: {_cell(one['not_measured'])}", *empty, ""]
     ratio = one["ratio"]
     spread = f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f}; {ratio['n']})"
+    factor = 1000 if one["unit"] == "s" else 1
+    took = [f"{float(format(one[side]['median'] * factor, '.3g')):g}" for side in ("theirs", "own")]
+    cells = [what, one["ours"], spread, ", ".join(took)]
+    if one["unit"] == "s":
+        peak = one.get("of_peak")
+        cells.append(f"{peak['theirs']:.0%}, {peak['own']:.0%}" if peak else "")
     remarks = [show_checks([Check(**check) for check in one["checks"]]), one["note"]]
-    return _line(what, one["ours"], spread, "; ".join(filter(None, remarks)), command)
+    return [*cells, "; ".join(filter(None, remarks))]
 
 
 def _cell(text: str) -> str:

@@ -7,8 +7,10 @@ import torch
 
 from fpn_d2.analysis.benchmark import data as benchmark_data
 from fpn_d2.analysis.benchmark import detector as benchmark_detector
+from fpn_d2.analysis.benchmark import line as benchmark_line
 from fpn_d2.analysis.benchmark import parts as benchmark_parts
-from fpn_d2.analysis.benchmark.line import Check, Ours, Timing, equal_check, line, map_check, time_lines
+from fpn_d2.analysis.benchmark.line import Check, Ours, Timing, Work, equal_check, line, map_check, time_lines
+from fpn_d2.analysis.measure import peak
 from fpn_d2.data import enlarge
 from fpn_d2.fast.roi_align.roi_align import VARIABLE
 from fpn_d2.modeling.rpn import FPNRPN
@@ -309,3 +311,20 @@ def test_evaluation(monkeypatch):
     monkeypatch.setattr(benchmark_data, "fast_evaluation_is_there", lambda: False)
     (one,) = benchmark_data.evaluation(ONCE)
     assert "not installed" in one["not_measured"]
+
+
+def test_shares_of_the_peak(monkeypatch):
+    """A billion multiply-adds in half a second, and in a quarter, on a machine that does four and eight a second."""
+    peaks = {torch.float32: 4e9, torch.bfloat16: 8e9}
+    monkeypatch.setattr(benchmark_line, "matrix_peak", peaks.get)
+    found = {"theirs": {"median": 0.5}, "own": {"median": 0.25}}
+    assert Work(10**9).shares(found) == {"theirs": 0.5, "own": 1.0}
+    assert Work(10**9, torch.bfloat16).shares(found) == {"theirs": 0.5, "own": 0.5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_that_of_a_product(dtype, monkeypatch):
+    monkeypatch.setattr(peak, "_SIDE", 64)
+    ticks = iter([0.0, 2.0, 2.0, 3.0, 3.0, 7.0])  # seconds: 2, 1 and 4
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(ticks))
+    assert peak.matrix_peak(dtype, rounds=3) == 64**3

@@ -270,19 +270,20 @@ def results(tmp_path, three_rows):
 
 
 def test_table(results, three_rows):
+    results["one"]["lines"][0]["of_peak"] = {"theirs": 0.312, "own": 1.05}
     text = show_table(results, three_rows)
     parts = text.split("\n\n")
     assert parts[0].startswith("Measured with torch ") and len(parts[0].splitlines()) == 1
-    measured = "| the one | fast | 2.00 (2.00 to 2.50; 3) | maps 2e-07 px; 3 boxes |"
+    measured = "| the one | fast | 2.00 (2.00 to 2.50; 3) | 600, 300 | 31%, 105% | maps 2e-07 px; 3 boxes |"
     assert parts[1].splitlines()[2:] == [
         f"{measured} `fpn-d2 benchmark --rows one` |",
-        "| the one | compiled | not measured: no compiler: g++ \\| clang++ |  | `fpn-d2 benchmark --rows one` |",
-        "| the two |  | not measured: OSError: gone |  | `fpn-d2 benchmark --rows two` |",
-        "| the three |  | not run yet |  | `fpn-d2 benchmark --rows three` |",
+        "| the one | compiled | not measured: no compiler: g++ \\| clang++ |  |  |  | `fpn-d2 benchmark --rows one` |",
+        "| the two |  | not measured: OSError: gone |  |  |  | `fpn-d2 benchmark --rows two` |",
+        "| the three |  | not run yet |  |  |  | `fpn-d2 benchmark --rows three` |",
     ]
     assert "share of Detectron2's memory" in parts[2]
     assert parts[2].splitlines()[2:] == [
-        "| the four | fast | 0.75 (0.75 to 0.75; 1) | n | `fpn-d2 benchmark --rows four` |"
+        "| the four | fast | 0.75 (0.75 to 0.75; 1) | 2000, 1500 | n | `fpn-d2 benchmark --rows four` |"
     ]
 
 
