@@ -16,6 +16,7 @@ from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hoo
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +33,7 @@ from .precision import build_inner_trainer
 from .progress import ProgressBar, has_terminal
 from .randomness import ITERATION, seed_all, seed_of
 from .signals import Stopped, signals
+from .wandb_writer import WandbWriter, wandb_is_asked_for
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,10 @@ class Trainer(DefaultTrainer):
             periodic = next(k for k, h in enumerate(built) if isinstance(h, hooks.PeriodicCheckpointer))
             built.insert(periodic + 1, TimedCheckpoint(cfg.SOLVER.CHECKPOINT_MINUTES, self.checkpointer))
         return built
+
+    def build_writers(self) -> list[EventWriter]:
+        """The inherited writers, and Weights & Biases' where its variable asks for it."""
+        return [*super().build_writers(), *([WandbWriter(self.cfg)] if wandb_is_asked_for() else [])]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As inherited; with ``resume``, from the newest checkpoint that is not damaged."""

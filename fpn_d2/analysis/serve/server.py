@@ -6,6 +6,8 @@ import signal
 import socket
 import sys
 
+import numpy as np
+
 from fpn_d2.errors import UserError
 from fpn_d2.inference import Predictor
 
@@ -89,6 +91,7 @@ def serve(
             timeout_keep_alive=int(_IDLE_SECONDS),
             timeout_graceful_shutdown=int(timeout + limits.upload_seconds) + 1,
         )
+        predictor(np.full((480, 640, 3), 127, np.uint8), channels="BGR")  # what is slow once is done before the first
         address = f"[{host}]" if ":" in host else host
         print(f"Serving at http://{address}:{listener.getsockname()[1]} (Ctrl+C ends it)", flush=True)
         if not hosts:
