@@ -13,6 +13,7 @@ from fpn_d2.errors import UserError
 from fpn_d2.files import write_atomically
 
 from .config_advice import Advice, advise
+from .memory import memory_advice
 
 
 def examine(config: str, opts: list[str]) -> tuple[CfgNode, list[Advice]]:
@@ -28,7 +29,8 @@ def examine(config: str, opts: list[str]) -> tuple[CfgNode, list[Advice]]:
     cfg = load_config(config, opts)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"{config} names nothing to train on: set DATASETS.TRAIN")
-    return cfg, advise(cfg, training_set(cfg))
+    data = training_set(cfg)
+    return cfg, [*advise(cfg, data), *memory_advice(cfg, data)]
 
 
 def training_set(cfg: CfgNode) -> Scored:
