@@ -35,6 +35,8 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime", "openvino"],
         # The page and the API of `fpn-d2 serve`.
         "serve": ["starlette", "uvicorn"],
+        # What `fpn-d2 export --to openvino-int8` quantises with.
+        "int8": ["onnx", "onnxscript", "openvino", "nncf"],
         # shapely: fvcore crops polygons with it.
         "test": [
             "faster-coco-eval>=1.6",

@@ -1,7 +1,6 @@
 """An exported detector beside the model that it was made from, stage by stage."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,13 +8,16 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
 from fpn_d2.inference.export import Exported, graph_of
 from fpn_d2.inference.export.engines import ENGINES, Engine, open_engine
+from fpn_d2.inference.export.runner_shapes import keypoints_of
 
 from .parity import Difference, Stages, Tolerance, capture, compare
 
-# Engines choose their own order of summation: maps are a little further apart than two runs of PyTorch.
-TOLERANCE = Tolerance(relative=1e-4)
+# Engines choose their own order of summation: maps are a little further apart than two runs of PyTorch, and so is a
+# cell of a mask, which moves with its box.
+TOLERANCE = Tolerance(relative=1e-4, mask=1e-3)
 
 
 def check_exported(
@@ -33,11 +35,16 @@ def check_exported(
         {engine: for each batch its differences}.
 
     Raises:
-        UserError: an engine is not installed.
+        UserError: an engine is not installed, or does not run the format.
     """
+    for name in engines:
+        if name not in ENGINES[exported.to]:
+            raise UserError(f"{name} does not run {exported.to}; that is run by {', '.join(ENGINES[exported.to])}")
     file = exported.stages or exported.path
-    names = graph_of(model).detections
-    runs = {name: open_engine(name, file, names) for name in engines or available_engines(exported.path)}
+    graph = graph_of(model)
+    graph.with_stages = exported.stages is not None
+    names = graph.output_names
+    runs = {name: open_engine(name, file, names) for name in engines or available_engines(exported.to)}
     found: dict[str, list[list[Difference]]] = {name: [] for name in runs}
     for images in batches:
         eager = eager_stages(model, images)
@@ -55,11 +62,11 @@ def eager_stages(model: nn.Module, images: Sequence[Tensor]) -> Stages:
     }
 
 
-def available_engines(path: Path) -> list[str]:
-    """The engines that run a file of this ending and are installed."""
+def available_engines(to: str) -> list[str]:
+    """The engines that run a file of a format and are installed; PyTorch's own always are."""
     from importlib.util import find_spec
 
-    return [name for name in ENGINES[path.suffix[1:]] if find_spec(name)]
+    return [name for name in ENGINES[to] if to in ("pt2", "aoti") or find_spec(name)]
 
 
 def stages_of(run: Engine, images: Sequence[Tensor]) -> Stages:
@@ -82,6 +89,10 @@ def stages_of(run: Engine, images: Sequence[Tensor]) -> Stages:
         found.scores, found.pred_classes = outputs["scores"][index, :count], outputs["classes"][index, :count]
         if "masks" in outputs:
             found.pred_masks = outputs["masks"][index, :count, None]
+        if "keypoint_maps" in outputs:
+            maps = outputs["keypoint_maps"][index, :count]
+            found.pred_keypoints = torch.from_numpy(keypoints_of(maps.numpy(), found.pred_boxes.tensor.numpy()))
+            found.pred_keypoint_heatmaps = maps
         stages["detections"][f"image {index}"] = found
         if "proposals.boxes" in outputs:
             logits = outputs["proposals.logits"][index]

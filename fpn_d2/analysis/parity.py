@@ -26,12 +26,14 @@ class Tolerance:
     Attributes:
         relative: of a map: largest difference by largest absolute value.
         pixels: of boxes and keypoints, in pixels of the network's input.
-        score: of scores and of the cells of masks; for logits beyond ±1 a multiple of their largest absolute value.
+        score: of scores; for logits beyond ±1 a multiple of their largest absolute value.
+        mask: of the cells of masks, which are probabilities.
     """
 
     relative: float = 1e-5
     pixels: float = 0.01
     score: float = 1e-4
+    mask: float = 1e-4
 
 
 @dataclass
@@ -188,7 +190,7 @@ def _compare_instances(stage: str, item: str, a: Instances, b: Instances, tolera
                 note,
             )
         )
-    for what, limit in (("masks", tolerance.score), ("keypoints", tolerance.pixels)):
+    for what, limit in (("masks", tolerance.mask), ("keypoints", tolerance.pixels)):
         if not (a.has(f"pred_{what}") and b.has(f"pred_{what}")):
             continue
         of_a, of_b = (x.get(f"pred_{what}")[index].float() for x, index in zip((a, b), pairs, strict=True))

@@ -27,6 +27,13 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--data", action="store_true", help="use DATASETS.TEST: outputs on real images, and AP")
     parser.add_argument("--torchvision", action="store_true", help="time torchvision's fasterrcnn_resnet50_fpn as well")
     parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=("onnxruntime", "openvino", "openvino-bfloat16", "openvino-int8"),
+        default=(),
+        help="time A, exported, in these as well; each column has a process of its own then",
+    )
+    parser.add_argument(
         "--optimize",
         choices=("none", "a", "b", "both"),
         default="none",
@@ -56,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         memory=not args.no_memory,
         data=args.data,
         torchvision=args.torchvision,
+        engines=args.engines,
         optimize=args.optimize,
         dtype=args.dtype,
         opts=args.opts,

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.config import get_cfg
+from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from detectron2.structures.keypoints import heatmaps_to_keypoints
 from torchvision.ops import batched_nms
 
 from fpn_d2 import add_fpn_d2_config
@@ -17,6 +20,7 @@ from fpn_d2.inference.export.boxes import NOTHING, Anchors, highest
 from fpn_d2.inference.export.graph import graph_of
 from fpn_d2.inference.export.nms import nms_mask
 from fpn_d2.inference.export.pooling import LevelPooling
+from fpn_d2.inference.export.runner_shapes import keypoints_of, pasted
 from fpn_d2.modeling.level_assign import CanonicalLevelAssigner, FinestLevelAssigner
 from fpn_d2.modeling.poolers import PyramidROIPooler
 
@@ -41,6 +45,8 @@ KINDS = {
     "stock": STOCK,
     "stock mask": STOCK | {"MODEL.MASK_ON": True},
     "one mask for all classes": OURS | {"MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
+    "keypoint": OURS | {"MODEL.KEYPOINT_ON": True},
+    "stock mask and keypoint": STOCK | {"MODEL.MASK_ON": True, "MODEL.KEYPOINT_ON": True},
     "cascade mask": OURS | CASCADE | {"MODEL.MASK_ON": True},
     "stock cascade": STOCK | CASCADE | {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"},
     "fast": OURS | {"MODEL.NUMERICS": "fast", "MODEL.PROPOSAL_GENERATOR.NAME": "FPNRPN", "MODEL.MASK_ON": True},
@@ -99,6 +105,9 @@ def config(options: dict):
         "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
         "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
         "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 4,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [16],
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 7,
         "MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE": 64,
         "TEST.DETECTIONS_PER_IMAGE": 20,
     }
@@ -110,10 +119,11 @@ def build(options: dict):
     torch.manual_seed(0)
     model = build_model(config(options)).eval()
     for module in model.modules():  # scores and boxes that differ from place to place, as those of a trained model
-        for name in ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred", "predictor"):
+        deviations = dict.fromkeys(("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred"), 0.03)
+        for name, deviation in (deviations | {"predictor": 0.1, "score_lowres": 0.003}).items():
             layer = getattr(module, name, None)
-            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-                torch.nn.init.normal_(layer.weight, std=0.1 if name == "predictor" else 0.03)
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.ConvTranspose2d)):
+                torch.nn.init.normal_(layer.weight, std=deviation)
     return model
 
 
@@ -125,8 +135,10 @@ def differences(model, run, batches) -> list:
     return found
 
 
-def model_has_masks(model) -> bool:
-    return getattr(getattr(model, "roi_heads", None), "mask_on", False)
+def heads_of(model) -> set[str]:
+    """The stages behind the detections."""
+    heads = getattr(model, "roi_heads", None)
+    return {stage for stage in ("masks", "keypoints") if getattr(heads, f"{stage[:-1]}_on", False)}
 
 
 def in_torch(graph):
@@ -148,7 +160,7 @@ def test_graph_gives_what_the_model_gives_stage_by_stage(kind):
     assert all_within({"torch": found}), text({"torch": found}, batches)
     stages = {difference.stage for difference in found[0]}
     expected = {"input", "pyramid", "detections"} | ({"proposals"} if "Retina" not in type(model).__name__ else set())
-    assert expected | ({"masks"} if model_has_masks(model) else set()) == stages
+    assert expected | heads_of(model) == stages
     counts = [len(stages_of(run, images)["detections"]["image 0"]) for images in batches]
     assert max(counts) > 3
 
@@ -165,7 +177,6 @@ def test_nothing_found(kind):
 
 
 REFUSED = {
-    "keypoint": OURS | {"MODEL.KEYPOINT_ON": True},
     "PanopticFPN": OURS | {"MODEL.META_ARCHITECTURE": "PanopticFPN", "MODEL.MASK_ON": True},
     "ProposalNetwork": OURS | {"MODEL.META_ARCHITECTURE": "ProposalNetwork"},
     "RoIPool": OURS | {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool"},
@@ -238,6 +249,21 @@ def test_suppression_by_group_is_torchvisions():
         expected[groups[rows], members[rows]] = True
         assert torch.equal(kept[image], expected) and 0 < len(rows) < len(groups)
     assert not nms_mask(boxes, -scores.abs(), 0.4).any()
+
+
+def test_masks_and_keypoints_of_the_runner_are_detectron2s():
+    generator = torch.Generator().manual_seed(0)
+    maps = F.interpolate(torch.randn(12, 3, 7, 7, generator=generator), size=(28, 28), mode="bicubic")
+    corners = torch.rand(12, 2, generator=generator) * torch.tensor([90.0, 60.0]) - 3
+    boxes = torch.cat([corners, corners + 0.4 + torch.rand(12, 2, generator=generator) * 50], dim=1)
+    boxes[0] = torch.tensor([0.0, 0, 100, 70])
+    masks = maps[:, 0].sigmoid()
+    ours = torch.from_numpy(pasted(masks.numpy(), boxes.numpy(), 100, 70))
+    theirs = paste_masks_in_image(masks, boxes, (70, 100))
+    assert theirs.any(dim=(1, 2)).sum() > 8
+    assert (ours != theirs).sum() <= 2  # where the probability is 0.5 to the last bits
+    found = torch.from_numpy(keypoints_of(maps.numpy(), boxes.numpy()))
+    torch.testing.assert_close(found, heatmaps_to_keypoints(maps, boxes)[..., [0, 1, 3]], atol=1e-4, rtol=1e-5)
 
 
 def test_highest_pads_where_there_are_too_few():

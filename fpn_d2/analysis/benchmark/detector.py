@@ -87,16 +87,22 @@ def inference_checks(expected: parity.Stages, came: parity.Stages, dtype: str) -
 
     There, which of many almost equal scores of random weights are the highest is another draw.
     """
-    tolerance = parity.Tolerance()
-    relative = tolerance.relative if dtype == "float32" else BFLOAT16_ALLOWED
-    kinds = [("pyramid", "pyramid", "", relative, "of the largest value")]
+    tolerance = parity.Tolerance() if dtype == "float32" else parity.Tolerance(relative=BFLOAT16_ALLOWED)
+    return checks_of(parity.compare(expected, came, tolerance), dtype, tolerance)
+
+
+def checks_of(
+    differences: Sequence[parity.Difference], dtype: str, tolerance: parity.Tolerance | None = None
+) -> list[Check]:
+    """The same of differences that are there, made with ``tolerance``."""
+    tolerance = tolerance or parity.Tolerance()
+    kinds = [("pyramid", "pyramid", "", tolerance.relative, "of the largest value")]
     if dtype == "float32":
         kinds += [
             ("proposals", "proposals", "boxes", tolerance.pixels, "px"),
             ("detections", "detections", "boxes", tolerance.pixels, "px"),
             ("scores", "detections", "scores", tolerance.score, ""),
         ]
-    differences = parity.compare(expected, came, parity.Tolerance(relative=relative))
     checks = []
     for what, stage, ending, allowed, unit in kinds:
         found = [one for one in differences if one.stage == stage and one.item.endswith(ending)]

@@ -8,6 +8,7 @@ from fpn_d2.engine import UserError
 
 from .data import evaluation, loading
 from .detector import inference, training, training_memory
+from .engines import engines
 from .parts import neck, pooling, proposals
 
 # With it nothing is compiled, and nothing compiled is taken from the cache.
@@ -68,6 +69,8 @@ def _rows() -> list[Row]:
     settings, text = {"images": 16, "size": (480, 640), "short_side": 800}, "reading, resizing and flipping images"
     for kind, where, variables in (("", "one core", {}), ("-no-compiler", "one core, without a compiler", NO_COMPILER)):
         rows.append(Row(f"loading{kind}", f"{text}, 480 x 640 to 800, {where}", loading, settings, variables))
+    for size, short, long in sizes:
+        rows.append(Row(f"engine-{short}", f"inference beside other engines, {long}", engines, {"size": size}))
     settings = {"images": 1000, "classes": 80, "detections": 100}
     rows.append(Row("evaluation", "COCO's figures of 1000 images, 80 classes", evaluation, settings, most_rounds=5))
     return rows

@@ -37,13 +37,17 @@ _ROOT = Path(fpn_d2.__file__).resolve().parents[1]
 _CODE = (
     "fpn_d2/config.py",
     *(f"fpn_d2/{room}/**/*" for room in ("modeling", "inference", "data", "engine", "fast", "native")),
-    *(f"fpn_d2/analysis/benchmark/{name}.py" for name in ("line", "parts", "detector", "data")),
+    *(f"fpn_d2/analysis/benchmark/{name}.py" for name in ("line", "parts", "detector", "data", "engines")),
+    "fpn_d2/analysis/engines/*",
     *(f"fpn_d2/analysis/measure/{name}.py" for name in ("timing", "memory", "peak")),
     *("fpn_d2/analysis/subjects.py", "fpn_d2/analysis/compare/measure.py", "fpn_d2/analysis/compare/memory_worker.py"),
     *("configs/Base-FPN.yaml", "configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
 )
 _SUFFIXES = (".py", ".cpp", ".h", ".yaml")
-_PACKAGES = ("faster-coco-eval", "numpy", "opencv-python", "opencv-python-headless", "Pillow", "pycocotools")
+_PACKAGES = (
+    *("faster-coco-eval", "nncf", "numpy", "onnxruntime", "opencv-python", "opencv-python-headless", "openvino"),
+    *("Pillow", "pycocotools"),
+)
 Progress = Callable[[int, int], object]
 # Measures a row under the settings; {"lines": [...]}, or {"failed": why}.
 Measure = Callable[[Row, dict, Progress], dict]

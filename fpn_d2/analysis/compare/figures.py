@@ -9,7 +9,7 @@ from ..published.zoo import zoo_baselines
 
 # Of the text and axes: as far from black as from white.
 _GREY = "#808080"
-_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c")
+_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 _LEAST = 1e-12  # where a logarithmic axis of differences begins; a difference of 0 has no bar
 
 

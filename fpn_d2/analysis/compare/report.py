@@ -89,8 +89,8 @@ def verdict(parity: dict) -> str:
 
 def tables(result: dict) -> list[Table]:
     """Every table of the report; those without a row are left out."""
-    made = [_parts(result), _parity(result), _times(result, "inference"), _times(result, "training"), _memory(result)]
-    made += [_ap(result), _zoo(result), _mmdetection(result)]
+    made = [_parts(result), _parity(result), _engines(result), _times(result, "inference"), _times(result, "training")]
+    made += [_memory(result), _ap(result), _zoo(result), _mmdetection(result)]
     return [table for table in made if table.rows]
 
 
@@ -131,6 +131,19 @@ def _parity(result: dict) -> Table:
     return Table("Outputs, stage by stage", headers, rows, note)
 
 
+def _engines(result: dict) -> Table:
+    rows = []
+    for engine, parity in result["engines"].items():
+        for stage, found in parity["stages"].items():
+            rows.append([engine, stage, _small(found["max_abs"]), _small(found["max_rel"]), _judged(found)])
+    headers = ["A in", "stage", "largest difference", "relative", ""]
+    note = (
+        "A, exported, against A itself, on images of noise. In lower precision the pyramid alone is compared: there "
+        "other scores are the highest."
+    )
+    return Table("Outputs of other engines", headers, rows, note)
+
+
 def _judged(found: dict) -> str:
     return "equal" if found["equal"] else "within" if found["within"] else "DIFFERS"
 
@@ -154,7 +167,8 @@ def _times(result: dict, kind: str) -> Table:
     more = ["images/s", "detections/image"] if kind == "inference" else []
     headers = ["image", "batch", "", "median ms", "quartiles", *more, "speed-up of A", "quartiles"]
     note = (
-        f"{result['settings']['rounds']} rounds in turn after {result['settings']['warmup']} to warm up. Speed-up: "
+        f"{result['settings']['rounds']} rounds in turn after {result['settings']['warmup']} to warm up"
+        f"{', each column in a process of its own' if result['engines'] and kind == 'inference' else ''}. Speed-up: "
         "median of the ratios of the pairs, this time by A's."
     )
     return Table(title, headers, rows, note)

@@ -6,6 +6,7 @@ Everything is measured here and now or left out with the reason; published figur
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from tqdm import tqdm
 from fpn_d2.engine import UserError
 
 from .. import parity
+from ..engines.run import check_names
 from ..measure.memory import MODES
 from ..measure.parts import macs_by_part, parameters_by_part
 from ..published.zoo import mmdet_baselines, mmdet_rows, zoo_baselines, zoo_row
 from ..subjects import Model, build_pair, optimized, random_batch, read_config
 from .accuracy import measure_ap, missing_data, real_images
+from .engines import Engines
 from .measure import (
     TORCHVISION,
     Size,
@@ -59,6 +62,8 @@ class Plan:
         memory: measure the peak of memory, on CPUs in a process for each figure.
         data: use DATASETS.TEST: parity on real images, and AP.
         torchvision: add torchvision's fasterrcnn_resnet50_fpn as a third column.
+        engines: run A, exported, in these as well, names of `engines.run.ENGINES`; then every column has a process of
+            its own.
         optimize: whose inference goes through `optimize_for_inference`: one of ``OPTIMIZE``.
         dtype: the data type of that, one of ``DTYPES``.
         opts, opts_a, opts_b: KEY value pairs on top of both configurations, and of one.
@@ -76,6 +81,7 @@ class Plan:
     memory: bool = True
     data: bool = False
     torchvision: bool = False
+    engines: Sequence[str] = ()
     optimize: str = "none"
     dtype: str = "float32"
     opts: Sequence[str] = ()
@@ -97,6 +103,9 @@ class Plan:
         for name, choices in (("optimize", OPTIMIZE), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        check_names(self.engines)
+        if self.engines and (self.torchvision or self.device.startswith("cuda")):
+            raise UserError("engines are compared on a CPU, without torchvision's detector: leave that out")
         if self.dtype != "float32" and self.optimize == "none":
             raise UserError(f"dtype {self.dtype} is for optimised models: say which with optimize (a, b or both)")
 
@@ -133,7 +142,8 @@ def run_compare(a: str, b: str, plan: Plan = Plan(), command: str = "", progress
         for model in pair:
             if plan.optimize in (model.label.lower(), "both"):
                 model.runner = optimized(model.network, plan.dtype)
-        result = _Comparison(pair, plan, opts, output, bar).run()
+        with tempfile.TemporaryDirectory() as scratch:
+            result = _Comparison(pair, plan, opts, output, Path(scratch), bar).run()
     result = {"schema": SCHEMA, "command": command, **result}
     result = plain(result)
     write_report(result, output)
@@ -145,14 +155,24 @@ def _steps(plan: Plan) -> int:
     calls = plan.rounds + plan.warmup
     memory = runs * 2 * (1 + plan.train) if plan.memory else 0
     ap = 2 if plan.data else 0
-    return 4 + runs * calls * (2 + plan.torchvision + 2 * plan.train) + memory + ap
+    columns = 2 + plan.torchvision + len(plan.engines)
+    return 4 + runs * calls * (columns + 2 * plan.train) + memory + ap
 
 
 class _Comparison:
     """The steps of one comparison; each adds to what could not be measured."""
 
-    def __init__(self, pair: tuple[Model, Model], plan: Plan, opts: dict[str, list[str]], output: Path, bar: tqdm):
+    def __init__(
+        self,
+        pair: tuple[Model, Model],
+        plan: Plan,
+        opts: dict[str, list[str]],
+        output: Path,
+        scratch: Path,
+        bar: tqdm,
+    ):
         self.pair, self.plan, self.opts, self.output, self.bar = pair, plan, opts, output, bar
+        self.scratch = scratch
         self.device = torch.device(pair[0].cfg.MODEL.DEVICE)
         self.others = {TORCHVISION: torchvision_detector(self.device)} if plan.torchvision else {}
         self.not_measured: list[str] = []
@@ -165,6 +185,7 @@ class _Comparison:
             "models": models + [self._describe_torchvision(name) for name in self.others],
             "weights": self._weights(),
             "parity": self._parity(),
+            "engines": self._engines(),
             "inference": list(self._each_size(self._inference)),
             "training": list(self._each_size(self._training)) if self.plan.train else [],
             "memory": self._memory(),
@@ -248,6 +269,14 @@ class _Comparison:
             **parity.summarise(parity.compare(*stages)),
         }
 
+    def _engines(self) -> dict:
+        plan = self.plan
+        if plan.engines:
+            self.bar.set_description("exporting A")
+        self.engines = Engines(self.pair, plan.engines, plan.sizes[0], plan.batches[0], plan.data, self.scratch)
+        self.not_measured += self.engines.not_measured
+        return self.engines.outputs
+
     def _each_size(self, measure: Callable[[Size, int], dict]):
         for size in self.plan.sizes:
             for number in self.plan.batches:
@@ -258,6 +287,9 @@ class _Comparison:
         for network in self.others.values():
             keep_size(network, size)
         plan = self.plan
+        if plan.engines:
+            turn = (plan.rounds, plan.warmup, self.bar.update)
+            return self.engines.time(self.opts, plan.dtype, size, number, *turn)
         return time_inference(self.pair, self.others, size, number, plan.rounds, plan.warmup, self.bar.update)
 
     def _training(self, size: Size, number: int) -> dict:

@@ -8,7 +8,10 @@ Shape legend: N images of one batch, padded to one size; D detections at most of
     classes      (N, D) int64
     counts       (N,) int64: how many of the D there are
     masks        (N, D, 28, 28) float32: probability of each cell of the box; only if the detector has masks
+    keypoint_maps  (N, D, K, 56, 56) float32: logits of its K keypoints in the cells of the box; only if it has them
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,6 @@ from detectron2.modeling.proposal_generator.rpn import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from torch import Tensor, nn
 
-from fpn_d2.errors import UserError
 from fpn_d2.modeling.retinanet import TorchvisionRetinaNet
 
 from .boxes import NOTHING, Anchors, by_anchor, clip, decode, highest, larger_than, rows_of
@@ -26,7 +28,7 @@ from .nms import Nms, nms_mask
 from .pooling import LevelPooling
 
 Stages = dict[str, Tensor]
-DETECTIONS = ("boxes", "scores", "classes", "counts", "masks")
+DETECTIONS = ("boxes", "scores", "classes", "counts")
 
 
 class DetectorGraph(nn.Module):
@@ -69,7 +71,8 @@ class DetectorGraph(nn.Module):
     @property
     def detections(self) -> tuple[str, ...]:
         """Names of the outputs that a user wants."""
-        return DETECTIONS if getattr(self, "mask_head", None) is not None else DETECTIONS[:-1]
+        heads = {"mask_head": "masks", "keypoint_head": "keypoint_maps"}
+        return (*DETECTIONS, *(name for head, name in heads.items() if getattr(self, head, None) is not None))
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -110,7 +113,7 @@ class DetectorGraph(nn.Module):
 
 
 class RCNNGraph(DetectorGraph):
-    """Faster, Cascade and Mask R-CNN."""
+    """Faster, Cascade, Mask and Keypoint R-CNN."""
 
     def __init__(self, model: GeneralizedRCNN, nms: Nms = nms_mask):
         """See :class:`DetectorGraph`."""
@@ -127,12 +130,17 @@ class RCNNGraph(DetectorGraph):
         last = self.box_predictors[-1]
         self.score_thresh, self.nms_thresh = last.test_score_thresh, last.test_nms_thresh
         self.most = last.test_topk_per_image
-        self.mask_head = None
+        self.mask_head = self.keypoint_head = None
         if heads.mask_on:
             expect("the mask head", heads.mask_head, "MaskRCNNConvUpsampleHead")
             self.mask_in_features = list(heads.mask_in_features)
             self.mask_pooler = LevelPooling(heads.mask_pooler)
             self.mask_head = heads.mask_head
+        if heads.keypoint_on:
+            expect("the keypoint head", heads.keypoint_head, "KRCNNConvDeconvUpsampleHead")
+            self.keypoint_in_features = list(heads.keypoint_in_features)
+            self.keypoint_pooler = LevelPooling(heads.keypoint_pooler)
+            self.keypoint_head = heads.keypoint_head
 
     def stages(self, images: Tensor, image_sizes: Tensor) -> Stages:
         """See :class:`DetectorGraph`."""
@@ -143,7 +151,12 @@ class RCNNGraph(DetectorGraph):
         scores = torch.where((logits > NOTHING)[..., None], scores, NOTHING)
         found = self._detections(boxes, scores, image_sizes)
         if self.mask_head is not None:
-            found["masks"] = self._masks([maps[name] for name in self.mask_in_features], found)
+            own = [maps[name] for name in self.mask_in_features]
+            found["masks"] = self._of_detections(own, found, self.mask_pooler, self._masks)
+        if self.keypoint_head is not None:
+            own = [maps[name] for name in self.keypoint_in_features]
+            layers = self.keypoint_head.layers
+            found["keypoint_maps"] = self._of_detections(own, found, self.keypoint_pooler, lambda x, _: layers(x))
         found |= {"input": x, "proposals.boxes": proposals, "proposals.logits": logits}
         return found | {f"pyramid.{name}": level_map for name, level_map in maps.items()}
 
@@ -188,8 +201,14 @@ class RCNNGraph(DetectorGraph):
         found = rows_of(boxes, rows if per_box == 1 else rows * per_box + classes)
         return self.best(best, found, classes, image_sizes, most)
 
-    def _masks(self, maps: list[Tensor], found: dict[str, Tensor]) -> Tensor:
-        """Masks of the detections that are there; those of padding are zeros."""
+    def _of_detections(
+        self,
+        maps: list[Tensor],
+        found: dict[str, Tensor],
+        pooler: LevelPooling,
+        head: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """What ``head`` makes of the pooled maps and the classes of the detections that are there; zeros of padding."""
         n, most = found["scores"].shape
         numbers = torch.arange(n * most, device=found["counts"].device)
         rows = numbers[numbers % most < found["counts"].repeat_interleave(most)]
@@ -197,12 +216,16 @@ class RCNNGraph(DetectorGraph):
         rows = torch.cat([rows, numbers[-1:] + 1])
         boxes = F.pad(found["boxes"].flatten(0, 1), (0, 0, 0, 1))[rows]
         images = torch.div(rows, most, rounding_mode="floor").clamp(max=n - 1)
-        logits = self.mask_head.layers(self.mask_pooler(maps, boxes, images))
+        own = head(pooler(maps, boxes, images), F.pad(found["classes"].flatten(), (0, 1))[rows])
+        places = own.new_zeros((n * most + 1, *own.shape[1:])).index_copy(0, rows, own)
+        return places[:-1].view(n, most, *own.shape[1:])
+
+    def _masks(self, pooled: Tensor, classes: Tensor) -> Tensor:
+        """Of each detection the mask of its class."""
+        logits = self.mask_head.layers(pooled)
         height, width = logits.shape[-2:]
-        classes = F.pad(found["classes"].flatten(), (0, 1))[rows] if logits.shape[1] > 1 else torch.zeros_like(rows)
-        own = logits.gather(1, classes[:, None, None, None].expand(-1, 1, height, width))[:, 0].sigmoid()
-        masks = own.new_zeros((n * most + 1, height, width)).index_copy(0, rows, own)
-        return masks[:-1].view(n, most, height, width)
+        classes = classes if logits.shape[1] > 1 else torch.zeros_like(classes)
+        return logits.gather(1, classes[:, None, None, None].expand(-1, 1, height, width))[:, 0].sigmoid()
 
 
 class RPNGraph(nn.Module):
@@ -302,6 +325,4 @@ def graph_of(model: nn.Module, nms: Nms = nms_mask) -> DetectorGraph:
     expect("the proposal generator", model.proposal_generator, "RPN", "FPNRPN")
     heads = ("StandardROIHeads", "CascadeROIHeads", "FPNROIHeads", "FPNCascadeROIHeads")
     expect("the RoI heads", model.roi_heads, *heads)
-    if model.roi_heads.keypoint_on:
-        raise UserError("a keypoint head cannot be exported: set MODEL.KEYPOINT_ON to False, the boxes need it not")
     return RCNNGraph(model, nms).eval()

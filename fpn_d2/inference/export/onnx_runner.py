@@ -1,45 +1,26 @@
-# ruff: noqa: B905
 """Detect objects with an exported file: python onnx_runner.py detector.onnx image.jpg ...
 
-Needs numpy, Pillow and onnxruntime alone.
+Needs numpy, Pillow and onnxruntime alone, and the files beside it.
 """
 
 import json
 import sys
 
-import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from runner_base import Runner, main
 
 
-class Detector:
+class Detector(Runner):
     def __init__(self, path):
         self.session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
         properties = self.session.get_modelmeta().custom_metadata_map
         self.info = {key: json.loads(value) for key, value in properties.items()}
+        self.names = [output.name for output in self.session.get_outputs()]
 
-    def __call__(self, images):
-        """PIL images -> for each a dictionary: boxes (x0, y0, x1, y1) in its pixels, scores, classes, perhaps masks."""
-        images = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
-        short, long = self.info["short_side"], self.info["long_side"]
-        scales = [min(short / min(i.size), long / max(i.size)) if short else 1 for i in images]
-        sizes = [[int(side * s + 0.5) for side in image.size] for image, s in zip(images, scales)]
-        width, height = np.max(sizes, axis=0)
-        batch = np.zeros((len(images), 3, height, width), np.uint8)
-        for row, image, (w, h) in zip(batch, images, sizes):
-            pixels = np.asarray(image.resize((w, h), Image.BILINEAR))
-            row[:, :h, :w] = (pixels[..., ::-1] if self.info["channels"] == "BGR" else pixels).transpose(2, 0, 1)
-        inputs = {"images": batch, "image_sizes": np.array([[h, w] for w, h in sizes], np.int64)}
-        names = [output.name for output in self.session.get_outputs()]
-        found = dict(zip(names, self.session.run(names, inputs)))
-        for i, (image, size) in enumerate(zip(images, sizes)):
-            own = {name: value[i, : found["counts"][i]] for name, value in found.items() if name != "counts"}
-            yield own | {"boxes": own["boxes"] * np.tile(np.divide(image.size, size), 2).astype(np.float32)}
+    def run(self, images, image_sizes):
+        found = self.session.run(self.names, {"images": images, "image_sizes": image_sizes})
+        return dict(zip(self.names, found, strict=True))
 
 
 if __name__ == "__main__":
-    detector = Detector(sys.argv[1])
-    for path in sys.argv[2:]:
-        (found,) = detector([Image.open(path)])
-        for box, score, number in zip(found["boxes"], found["scores"], found["classes"]):
-            print(path, detector.info["classes"][number], f"{score:.3f}", *(f"{x:.1f}" for x in box))
+    main(Detector(sys.argv[1]))

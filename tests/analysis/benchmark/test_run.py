@@ -34,8 +34,9 @@ def good_line(**more):
 def test_rows_are_those_of_the_table():
     assert {row.measure.__name__ for row in ROWS.values()} == {
         *("pooling", "neck", "proposals", "inference", "training", "training_memory", "loading", "evaluation"),
+        "engines",
     }
-    assert len(ROWS) == 22
+    assert len(ROWS) == 24
     for row in ROWS.values():
         inspect.signature(row.measure).bind(ONCE, **row.settings)
         assert (row.unit == "MB") == (row.name == "training-memory")

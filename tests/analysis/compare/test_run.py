@@ -56,6 +56,7 @@ def test_json_is_the_result(folder, result):
         "models",
         "weights",
         "parity",
+        "engines",
         "inference",
         "training",
         "memory",
@@ -357,6 +358,8 @@ def test_optimized_for_inference(folder, config):
         ({"optimize": "c"}, "optimize is 'c'; expected one of none, a, b, both"),
         ({"dtype": "int8", "optimize": "a"}, "dtype is 'int8'"),
         ({"dtype": "bfloat16"}, "say which with optimize"),
+        ({"engines": ("openvino", "tensorrt")}, "there is no engine 'tensorrt'; expected one of onnxruntime"),
+        ({"engines": ("openvino",), "torchvision": True}, "engines are compared on a CPU, without torchvision's"),
     ],
 )
 def test_a_plan_that_cannot_be(config, tmp_path, changed, words):

@@ -1,0 +1,27 @@
+"""Detect objects with a compiled file: python aoti_runner.py detector.pt2 image.jpg ...
+
+Needs numpy, Pillow, the PyTorch that it was compiled with and torchvision (for its operations) alone, and the files
+beside it.
+"""
+
+import json
+import sys
+
+import torch
+import torchvision  # noqa: F401  (registers nms and roi_align)
+from runner_base import Runner, main
+
+
+class Detector(Runner):
+    def __init__(self, path):
+        self.package = torch._inductor.aoti_load_package(path)
+        self.info = json.loads(self.package.get_metadata()["detector"])
+
+    @torch.no_grad()
+    def run(self, images, image_sizes):
+        outputs = self.package(torch.from_numpy(images), torch.from_numpy(image_sizes))
+        return {name: value.numpy() for name, value in zip(self.info["outputs"], outputs, strict=True)}
+
+
+if __name__ == "__main__":
+    main(Detector(sys.argv[1]))
