@@ -1,4 +1,4 @@
-"""The check behind ``import fpn_d2``: pip installs none of these with us, so each is looked for here (see setup.py)."""
+"""The check at the first use of fpn_d2: pip installs none of these with us, so they are looked for here, see setup.py."""
 
 import importlib
 import re
@@ -7,7 +7,6 @@ import re
 REQUIREMENTS = (
     ("torch", "torch", (2, 0), "install a newer torch"),
     ("torchvision", "torchvision", (0, 15), "install the torchvision release that goes with your torch"),
-    ("cv2", "OpenCV", (4, 0), "pip install opencv-python-headless"),
     (
         "detectron2",
         "Detectron2",
@@ -15,13 +14,19 @@ REQUIREMENTS = (
         "run `make setup` in a clone of fpn_d2, or see https://detectron2.readthedocs.io/tutorials/install.html",
     ),
 )
+# Only for images and pictures: a model is built, trained and run without it.
+OPENCV = (("cv2", "OpenCV", (4, 0), "pip install opencv-python-headless"),)
+
+
+class RequirementError(ImportError):
+    """A package that fpn_d2 needs is missing, broken or too old: one sentence says what to do."""
 
 
 def check(requirements: tuple = REQUIREMENTS) -> None:
     """Import each of ``requirements`` and compare its version; all but the import itself costs nothing.
 
     Raises:
-        ImportError: one is missing, broken or too old; one sentence says which, what was found and what to do.
+        RequirementError: one is missing, broken or too old; one sentence says which, what was found and what to do.
     """
     for module_name, name, lowest, advice in requirements:
         needed = f"fpn_d2 needs {name} {'.'.join(map(str, lowest))} or newer"
@@ -29,10 +34,10 @@ def check(requirements: tuple = REQUIREMENTS) -> None:
             module = importlib.import_module(module_name)
         except Exception as error:  # a torchvision that does not fit its torch raises a RuntimeError
             if isinstance(error, ModuleNotFoundError) and error.name == module_name:
-                raise ImportError(f"{needed}, found none: {advice}") from None
-            raise ImportError(f"{needed}, found one that cannot be imported ({error}): {advice}") from error
+                raise RequirementError(f"{needed}, found none: {advice}") from None
+            raise RequirementError(f"{needed}, found one that cannot be imported ({error}): {advice}") from error
         # None while Detectron2 is itself being imported and has called DETECTRON2_ENV_MODULE: it says so at its end.
         version = getattr(module, "__version__", None)
         numbers = re.match(r"(\d+)\.(\d+)", str(version))
         if numbers and tuple(map(int, numbers.groups())) < lowest:
-            raise ImportError(f"{needed}, found {version}: {advice}")
+            raise RequirementError(f"{needed}, found {version}: {advice}")

@@ -16,6 +16,7 @@ from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 
 from fpn_d2.arithmetic import arithmetic
+from fpn_d2.config_names import find_config, own_config
 from fpn_d2.errors import UserError, not_found
 
 _LARGEST_FILE = 2**20  # bytes; a configuration of all keys has 12 thousand
@@ -32,7 +33,7 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
 
     Args:
         cfg: Changed in place.
-        path: A file, of which ``~`` is the home directory, or an address that Detectron2's PathManager knows.
+        path: A file or a name, as in `find_config`, or an address that Detectron2's PathManager knows.
 
     Raises:
         UserError: As `read_config`.
@@ -56,7 +57,9 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read a YAML file and those that it names under ``_BASE_``, one path or a list, each relative to its own file.
+    """Read a YAML file and those that it names under ``_BASE_``, one path or a list.
+
+    A base is relative to the file that names it, or else the name of a configuration of ours.
 
     Returns:
         Dictionaries by section down to numbers, text, lists and tuples. What stands in a file wins over its bases, and
@@ -65,13 +68,12 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: A file is missing or no YAML, its bases go round in a circle, or it asks for more than data.
     """
-    return _read(os.path.expanduser(path), (), {})
+    return _read(path if "://" in path else str(find_config(path)), (), {})
 
 
 def _read(path: str, on_the_way: tuple[str, ...], known: dict[str, dict]) -> dict[str, Any]:
     if "://" not in path and not os.path.isfile(path):
-        what = f"a {_BASE} of {on_the_way[-1]} does not exist" if on_the_way else f"no configuration file {path}"
-        raise UserError(_line(f"{what}: {not_found(path)}"))
+        raise UserError(_line(f"a {_BASE} of {on_the_way[-1]} does not exist: {not_found(path)}"))
     real = path if "://" in path else os.path.realpath(path)
     if real in on_the_way:
         circle = " -> ".join((*on_the_way[on_the_way.index(real) :], real))
@@ -93,7 +95,8 @@ def _with_bases(path: str, on_the_way: tuple[str, ...], known: dict[str, dict]) 
             raise UserError(f"{path}: {_BASE} is {base!r:.100}; expected the path of a file")
         base = os.path.expanduser(base)
         if "://" not in base:
-            base = os.path.join(os.path.dirname(path), base)
+            beside = os.path.join(os.path.dirname(path), base)
+            base = beside if os.path.isfile(beside) else own_config(base) or beside
         _lay_over(merged, _read(base, on_the_way, known), path)
     _lay_over(merged, own, path)
     return merged

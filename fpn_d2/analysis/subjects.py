@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from torch import nn
 
 import fpn_d2.modeling  # noqa: F401  (registers)
-from fpn_d2.analysis.published.zoo import find_config
+from fpn_d2.config_names import find_config
 from fpn_d2.engine import ReportingCheckpointer, UserError, load_config
 
 _SEED = 0
@@ -54,7 +54,7 @@ def read_config(config: str, opts: list[str], device: str) -> tuple[str, CfgNode
     """Find and read a configuration.
 
     Args:
-        config: a path, or a name in Detectron2's model zoo.
+        config: a path, or a name in Detectron2's model zoo or, with "configs/" before it, of ours.
         opts: KEY value pairs on top.
         device: "cpu", "cuda" or "" for MODEL.DEVICE, which becomes the CPU where there is no GPU.
 
@@ -66,7 +66,7 @@ def read_config(config: str, opts: list[str], device: str) -> tuple[str, CfgNode
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"the device {device} was asked for, but there is no GPU that PyTorch can use: take cpu")
-    path = str(find_config(config))
+    path = str(find_config(config, zoo_first=True))
     opts = [*opts, *(["MODEL.DEVICE", device] if device else [])]
     return path, load_config(path, opts)
 

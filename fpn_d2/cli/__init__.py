@@ -1,13 +1,15 @@
 """The console script ``fpn-d2``: arguments for the functions of this package, one file a verb, no logic of its own."""
 
-import argparse
+import multiprocessing
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import (
     benchmark,
     compare,
+    configs,
     convert_torchvision,
     convert_weights,
     cost_curves,
@@ -18,13 +20,19 @@ from . import (
     levels,
     models,
     predict,
+    quickstart,
     report,
     scenes,
     serve,
     study,
+    train,
 )
+from .parser import Parser
 
 VERBS = (
+    quickstart,
+    train,
+    configs,
     scenes,
     data,
     predict,
@@ -43,9 +51,15 @@ VERBS = (
     benchmark,
 )
 
+# A process of a training imports this first, and for seconds nothing else that would handle signals.
+if multiprocessing.current_process().name.startswith("process "):
+    train.end_quietly_during_the_start()
+# Of code below us, at its import; nothing that a user could change.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fpn-d2 <verb> ...``.
+    """Run ``fpn-d2 <verb> ...``; alone, it shows its verbs.
 
     Args:
         argv: The arguments after the program's name; those of the process if None.
@@ -53,23 +67,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: what the verb says, 0 if nothing; 1 after a mistake in the arguments' values, told in one line.
     """
-    from fpn_d2.engine import ask_for_huge_pages
+    from fpn_d2._requirements import RequirementError
     from fpn_d2.errors import one_line
+    from fpn_d2.huge_pages import ask_for_huge_pages
 
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
     ask_for_huge_pages()
-    args.command = shlex.join(["fpn-d2", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join(["fpn-d2", *argv])
     try:
         return args.run(args) or 0
+    except RequirementError as error:
+        sys.exit(f"error: {error}")
     except (ValueError, TypeError, OSError) as error:
         print(f"fpn-d2 {args.verb}: {one_line(error)}", file=sys.stderr)
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser with all verbs; each verb sets ``run``, which is called with the parsed arguments."""
-    parser = argparse.ArgumentParser(prog="fpn-d2", description="Feature pyramids for Detectron2.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser = Parser(prog="fpn-d2", description="Feature pyramids for Detectron2.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for verb in VERBS:
         verb.add(verbs)
     return parser

@@ -5,8 +5,9 @@ from fpn_d2.errors import UserError, user_mistakes_end_the_program
 from fpn_d2.evaluation.evaluators import build_evaluator
 from fpn_d2.evaluation.pictures import draw_detections
 from fpn_d2.evaluation.results import results_table
+from fpn_d2.huge_pages import ask_for_huge_pages
 
-from .launch import ask_for_huge_pages, check_address, launch
+from .launch import check_address, launch
 from .prepare import load_config
 from .run import run
 from .trainer import Trainer

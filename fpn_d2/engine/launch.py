@@ -13,11 +13,10 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from fpn_d2.errors import UserError
+from fpn_d2.huge_pages import ask_for_huge_pages
 
 from .processes import lost_connection, run_processes
 
-# The environment variable of PyTorch's that puts large tensors into huge pages.
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
@@ -156,16 +155,6 @@ def _run_in_job(job: Job, local_rank: int, rank: int, main_func: Callable, args:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def ask_for_huge_pages() -> None:
-    """Have PyTorch ask Linux for large tensors in pages of 2 MB, also in processes that this one starts.
-
-    Memory that is new is handed out page by page when it is first written, and a model on a CPU writes hundreds of
-    megabytes of it in each step. PyTorch looks at the environment variable ``THP_MEM_ALLOC_ENABLE`` with its first
-    large tensor: who has set it is left alone, "0" switches it off.
-    """
-    os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def _create_local_group(world_size: int, processes: int, machine_rank: int) -> None:

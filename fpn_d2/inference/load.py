@@ -3,10 +3,8 @@
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
@@ -16,6 +14,7 @@ from fpn_d2.checkpoint.contents import KEY, classes_of_data
 from fpn_d2.checkpoint.reading import read_checkpoint
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.config_files import check_value, merge_config_file, parse_config
+from fpn_d2.config_names import find_config
 from fpn_d2.errors import UserError, not_found
 
 from .optimize import optimize_for_inference
@@ -46,9 +45,9 @@ def load(
     Args:
         path: a checkpoint of this package's trainer, which holds all that is needed; or weights in any format that
             Detectron2 reads, an address of its model zoo among them, together with ``config``.
-        config: what the weights were trained with: a YAML file, a name in Detectron2's model zoo, or the configuration
-            itself. None: what the checkpoint holds, else the file ``config.yaml`` beside it, which Detectron2's
-            trainers write.
+        config: what the weights were trained with: a YAML file, a name in Detectron2's model zoo or of ours, or the
+            configuration itself. None: what the checkpoint holds, else the file ``config.yaml`` beside it, which
+            Detectron2's trainers write.
         device: "cpu", "cuda", "cuda:1"; None: the GPU if there is one.
         optimize: whether to run the copy out of `optimize_for_inference`: the same detections, sooner.
         dtype: ``torch.bfloat16`` or ``torch.float16``, or their names, for lower precision; needs ``optimize``.
@@ -190,14 +189,7 @@ def _configuration(path: str, config: str | os.PathLike | CfgNode | None, held: 
 
 
 def _merge_file(cfg: CfgNode, config: str) -> None:
-    file = Path(config).expanduser()
-    if not file.is_file():
-        try:
-            file = Path(model_zoo.get_config_file(config if config.endswith(".yaml") else f"{config}.yaml"))
-        except RuntimeError:
-            raise UserError(
-                f"{config} is neither a file nor a config of Detectron2's model zoo: {not_found(config)}"
-            ) from None
+    file = find_config(config, zoo_first=True)
     _merge(cfg, lambda: merge_config_file(cfg, str(file)), str(file))
 
 

@@ -1,17 +1,16 @@
 """Benchmarks of the whole detector beside Detectron2's own with the same weights: inference, training, its memory."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-import fpn_d2
-from fpn_d2.engine.launch import HUGE_PAGES
+from fpn_d2.config_names import config_file
 from fpn_d2.engine.precision import autocast
 from fpn_d2.fast.roi_align.roi_align import choose
+from fpn_d2.huge_pages import HUGE_PAGES
 
 from .. import parity
 from ..compare.measure import MEMORY_WORKER, inference_call, training_call
@@ -20,7 +19,7 @@ from ..measure.memory import peak_in_child
 from ..subjects import Model, build_pair, optimized, random_batch, read_config
 from .line import Check, Ours, Timing, Work, line, time_lines
 
-CONFIG = str(Path(fpn_d2.__file__).resolve().parents[1] / "configs" / "COCO-Detection" / "faster_rcnn_R_50_FPN_1x.yaml")
+CONFIG = config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
 # What makes Detectron2's own detector of a config of ours.
 STOCK = [
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN"),

@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 import fpn_d2
+from fpn_d2.config_names import own_folder
 from fpn_d2.engine import UserError
-from fpn_d2.engine.launch import HUGE_PAGES
 from fpn_d2.files import write_atomically
+from fpn_d2.huge_pages import HUGE_PAGES
 from fpn_d2.native.build import find_compiler
 
 from ..compare.run import environment, plain
@@ -170,8 +171,11 @@ def _compiler() -> str | None:
 def _code() -> str:
     """A digest of the code: another one, and what was measured may no longer hold."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _CODE for path in _ROOT.glob(pattern) if path.suffix in _SUFFIXES}):
-        digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    roots = {pattern: own_folder().parent if pattern.startswith("configs/") else _ROOT for pattern in _CODE}
+    files = {path.relative_to(root).as_posix(): path for pattern, root in roots.items() for path in root.glob(pattern)}
+    for name, path in sorted(files.items()):
+        if path.suffix in _SUFFIXES:
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

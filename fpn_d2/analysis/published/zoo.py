@@ -9,10 +9,6 @@ import json
 import re
 from pathlib import Path
 
-import detectron2
-
-from fpn_d2.errors import UserError, did_you_mean, not_found
-
 _FOLDER = Path(__file__).parent
 # How the two projects write the same bottom-up pathway and schedule.
 _BACKBONES = {"R_50": "r50", "R_101": "r101", "X_101_32x8d": "x101_32x8d"}
@@ -61,31 +57,3 @@ def mmdet_rows(config: str) -> list[dict]:
         for row in mmdet_baselines()["rows"]
         if row["config"].startswith(kind) and row["epochs"] in _EPOCHS[found[3]]
     ]
-
-
-def zoo_folders() -> list[Path]:
-    """Where the model zoo's configs are: in the installed Detectron2, or in the checkout that it is imported from."""
-    package = Path(detectron2.__file__).parent
-    return [path for path in (package / "model_zoo" / "configs", package.parent / "configs") if path.is_dir()]
-
-
-def find_config(name: str) -> Path:
-    """The YAML file that ``name`` stands for: a path, or else a name in the model zoo, with or without ".yaml".
-
-    Raises:
-        UserError: there is no such file; the text names the nearest ones.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    for folder in zoo_folders():
-        for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file() and candidate.suffix == ".yaml":
-                return candidate
-    if path.is_absolute() or name.startswith("."):
-        raise UserError(f"no configuration file {name}: {not_found(name)}")
-    known = {file.relative_to(folder).as_posix() for folder in zoo_folders() for file in folder.rglob("*.yaml")}
-    raise UserError(
-        f"{name} is neither a file (looked for {path.absolute()}) nor a config of Detectron2's model zoo"
-        f"{did_you_mean(name, known)}"
-    )

@@ -22,15 +22,15 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
 
-import fpn_d2
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.config_files import merge_config_file
+from fpn_d2.config_names import own_folder
 from fpn_d2.data.scenes import make_scenes
 
 from ..measure.child import child_environment
 from .report import COMPARED_WITH, write_report
 
-CONFIGS = Path(fpn_d2.__file__).resolve().parents[1] / "configs" / "study"
+CONFIGS = own_folder() / "study"
 # Those of the paper first, in the order of its tables; others follow by name.
 ORDER = ("fpn", "no_top_down", "no_lateral", "only_p2", "c4", "c5", "image_pyramid")
 # What training time is compared with.
@@ -50,10 +50,7 @@ def variants_in(configs: str | os.PathLike) -> dict[str, Path]:
     """
     found = {path.stem: path for path in sorted(Path(configs).glob("*.yaml"))}
     if not found:
-        raise FileNotFoundError(
-            f"no YAML files in {configs}; give the folder configs/study of a clone of fpn_d2, or one of your own, "
-            "with --configs"
-        )
+        raise FileNotFoundError(f"no YAML files in {configs}; give a folder with some, with --configs")
     names = [name for name in ORDER if name in found]
     return {name: found[name] for name in [*names, *(name for name in found if name not in names)]}
 
