@@ -32,9 +32,7 @@ setup:
 	@$(PYTHON) -m bootstrap --venv "$(VENV)"
 
 quickstart: setup
-	@$(BIN)/fpn-d2 scenes --output $(QUICKSTART)/scenes --train 1000 --val 150 --image-size 192 \
-		--max-objects 10 --own-colour 1.0 --seed $(SEED) --overwrite
-	@$(BIN)/python train_net.py --config-file configs/quick_schedules/quickstart.yaml OUTPUT_DIR $(QUICKSTART) SEED $(SEED)
+	@$(BIN)/fpn-d2 quickstart --output $(QUICKSTART) --seed $(SEED)
 
 # Rows that are there from the same code, versions and settings are kept: what was stopped goes on where it was.
 benchmarks: setup

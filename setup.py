@@ -5,7 +5,41 @@ apart (CPU or CUDA, compiled or not, with windows or headless), so that requirin
 chosen. ``fpn_d2/_requirements.py`` checks them at import; ``make setup`` installs them where they are missing.
 """
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+CONFIGS = "configs"
+
+
+class BuildWithConfigs(build_py):
+    """Puts the configurations of the top level into the package, where `fpn_d2.config_file` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # which finds them where they are
+            target = Path(self.build_lib, "fpn_d2", CONFIGS)
+            shutil.rmtree(target, ignore_errors=True)  # a file of an older build would stay
+            for path in self.configs():
+                (target / path.relative_to(CONFIGS)).parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(path), str(target / path.relative_to(CONFIGS)))
+
+    def get_source_files(self) -> list:
+        """What the source distribution holds too."""
+        return [*super().get_source_files(), *map(str, self.configs())]
+
+    def get_outputs(self, include_bytecode: bool = True) -> list:
+        """What is written."""
+        written = [] if self.editable_mode else [str(Path(self.build_lib, "fpn_d2", path)) for path in self.configs()]
+        return [*super().get_outputs(include_bytecode), *written]
+
+    @staticmethod
+    def configs() -> list:
+        """The files, relative to this folder."""
+        return sorted(path for path in Path(CONFIGS).rglob("*") if path.suffix in (".yaml", ".py"))
+
 
 setup(
     name="fpn_d2",
@@ -51,5 +85,6 @@ setup(
             "uvicorn",
         ],
     },
+    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["fpn-d2=fpn_d2.cli:main"]},
 )

@@ -7,21 +7,16 @@ environment gets all of them from the Python package index. Only the standard li
 import argparse
 import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import platform
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 
-from bootstrap.detectron2_wheel import generator
+from fpn_d2.set_up.installer import Installer, SetupError, has_compiler, say
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TORCH = "2.14.1"
-TORCHVISION = "0.29.2"
 
 # Files in the environment's folder.
 STAMP = "fpn_d2-ready"  # fingerprint of the set-up that ended well
@@ -29,52 +24,9 @@ OURS = "fpn_d2-made-this"  # only in environments made here, which may be thrown
 BUSY = "fpn_d2-busy"  # there while pip is at work: left behind, an installation was broken off half-way
 LOG = "setup.log"
 
-# Reports, as JSON on the last line of stdout: for each name None (not there) or {"version": ...} or {"error": ...}.
-PROBE = """
-import importlib, importlib.metadata, json, sys
-found = {}
-for name in sys.argv[1:]:
-    try:
-        module = importlib.import_module(name)
-        found[name] = {"version": str(getattr(module, "__version__", None))}
-        if getattr(module, "__file__", None) is None:
-            found[name] = {"error": "its folder is incomplete"}
-    except ModuleNotFoundError as error:
-        found[name] = None if error.name == name else {"error": str(error)}
-    except Exception as error:
-        found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        continue
-    if found[name]:
-        found[name]["release"] = distribution.version
-        found[name]["wheel"] = distribution.read_text("WHEEL") or ""
-print("\\n" + json.dumps(found))
-"""
 
-NO_NETWORK = re.compile(
-    r"NewConnectionError|Max retries exceeded|Retrying \(Retry\(|connection error:|ConnectTimeout|ReadTimeout"
-    r"|Temporary failure in name resolution|Network is unreachable|ProxyError|SSLError"
-)
-
-
-class SetupError(Exception):
-    """The set-up cannot go on; the message is one sentence for the user."""
-
-
-def say(text: str) -> None:
-    print(f"[set-up] {text}", flush=True)
-
-
-def has_compiler() -> bool:
-    """Whether a C++ compiler is here; the operations for CPUs are compiled at their first use."""
-    asked = os.environ.get("CXX", "").split()
-    return any(shutil.which(name) for name in (*asked[:1], "g++", "clang++", "c++"))
-
-
-class Environment:
-    """A Python environment in a folder; makes it if need be and installs what fpn_d2 needs into it.
+class Environment(Installer):
+    """A Python environment in a folder; makes it if need be and installs fpn_d2 and what it needs into it.
 
     Args:
         folder: the environment's folder, with the interpreter at ``bin/python``.
@@ -83,16 +35,20 @@ class Environment:
     def __init__(self, folder: pathlib.Path):
         # Not resolved: bin/python of an environment is found through the path that its user gave.
         self.folder = pathlib.Path(os.path.abspath(folder))
-        self.python = self.folder / "bin" / "python"
-        self.log = self.folder / LOG
-        self.version = ""
-        self.started_at = 0
-        self.constraints = []
+        super().__init__(
+            self.folder / "bin" / "python",
+            self.folder / LOG,
+            place=str(self.folder),
+            elsewhere=f"name another Python with PYTHON=/path/to/python3 (and remove {self.folder}), or an environment "
+            "that has torch with VENV=/path/to/environment",
+            start_again=", or remove the whole folder to start again",
+        )
 
     def fingerprint(self) -> str:
         """Return what the set-up depends on, hashed: a change of any of it makes the set-up run again."""
         digest = hashlib.sha256(f"{ROOT}\n{os.path.realpath(self.python)}\n".encode())
-        for path in [ROOT / "setup.py", *sorted((ROOT / "bootstrap").glob("*.py"))]:
+        places = [(ROOT / "bootstrap").glob("*.py"), (ROOT / "fpn_d2" / "set_up").glob("*.py")]
+        for path in [ROOT / "setup.py", *sorted(path for place in places for path in place)]:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
@@ -117,8 +73,8 @@ class Environment:
         if not has_compiler():
             extras.append("compiler")
         self.install_detectron2()
-        say(f"installing fpn_d2 and its test tools ({', '.join(extras)}) from {ROOT}")
-        self.pip_install("fpn_d2", "--editable", f"{ROOT}[{','.join(extras)}]")
+        what = f"fpn_d2 and its test tools ({', '.join(extras)}) from {ROOT}"
+        self.pip_install(what, "--editable", f"{ROOT}[{','.join(extras)}]")
         if problems := self.problems() - problems_before:
             raise SetupError(f"the installed packages do not fit each other (pip check): {'; '.join(sorted(problems))}")
         (self.folder / STAMP).write_text(self.fingerprint())
@@ -141,8 +97,7 @@ class Environment:
             say(f"using the environment {self.folder}; the torch and Detectron2 found there are kept")
         if not self.python.exists():
             self.create()
-        self.version = self.run_python("-c", "import sys; print(*sys.version_info[:3], sep='.')").strip()
-        if tuple(int(part) for part in self.version.split(".")[:2]) < (3, 10):
+        if tuple(int(part) for part in self.read_version().split(".")[:2]) < (3, 10):
             raise SetupError(f"{self.folder} has Python {self.version}, but 3.10 or newer is needed; set another VENV")
 
     def create(self) -> None:
@@ -161,122 +116,15 @@ class Environment:
                 raise SetupError(f"{sys.executable} -m venv failed; its messages are in {self.log}")
         (self.folder / BUSY).unlink()
 
-    def install_torch(self) -> None:
-        """Install torch and torchvision where they are missing, and hold on to both from here on."""
-        found = self.find("torch", "torchvision")
-        if not found["torch"]:
-            wanted = f"torch {TORCH} and torchvision {TORCHVISION}"
-            say(f"installing {wanted}: a large download, some minutes on a slow line")
-            self.pip_install(wanted, f"torch=={TORCH}", f"torchvision=={TORCHVISION}")
-        elif not found["torchvision"]:
-            torch = found["torch"].get("release", found["torch"]["version"])
-            say(f"installing the torchvision that goes with torch {torch}")
-            self.pip_install(f"a torchvision for torch {torch}", "torchvision", f"torch=={torch}")
-        found = self.find("torch", "torchvision")
-        for name, what in found.items():
-            say(f"{name} {what['version']}")
-            if "release" in what:
-                self.constraints.append(f"{name}=={what['release']}")
+    def install_detectron2(self, replace_ours: bool | None = None) -> None:
+        """As in `Installer`; an older wheel of ours is replaced in an environment that was made here."""
+        super().install_detectron2((self.folder / OURS).is_file() if replace_ours is None else replace_ours)
 
-    def install_detectron2(self) -> None:
-        """Install our wheel of Detectron2 where none can be imported, or over an older one in our own environment."""
-        found = self.find("detectron2")["detectron2"]
-        wheel = found.get("wheel", "") if found else ""
-        outdated = (self.folder / OURS).is_file() and "fpn_d2 bootstrap" in wheel and generator() not in wheel
-        if found and not outdated:
-            say(f"detectron2 {found['version']}")
-            return
-        say("building Detectron2 0.6 as a pure-Python wheel and installing it")
-        with tempfile.TemporaryDirectory() as folder:
-            self.call("Detectron2's sources", "-m", "bootstrap.detectron2_wheel", folder)
-            wheels = [str(path) for path in pathlib.Path(folder).glob("*.whl")]
-            if found:
-                self.call("the older build of Detectron2", "-m", "pip", "uninstall", "--yes", "detectron2")
-            self.pip_install("Detectron2", *wheels)
-        self.find("detectron2")
+    def about_to_change(self) -> None:
+        (self.folder / BUSY).touch()
 
-    def find(self, *names: str) -> dict:
-        """Return ``{name: None or {"version": ..., ...}}`` of the modules ``names``.
-
-        Raises:
-            SetupError: one is there but cannot be imported.
-        """
-        found = json.loads(self.run_python("-c", PROBE, *names).splitlines()[-1])
-        for name, what in found.items():
-            if what and "error" in what:
-                raise SetupError(
-                    f"{name} is in {self.folder} but cannot be imported ({what['error']}): repair or uninstall it, or "
-                    "remove the whole folder to start again"
-                )
-        return found
-
-    def problems(self) -> set:
-        """Return the lines in which ``pip check`` complains."""
-        result = self.run("-m", "pip", "check", stdout=subprocess.PIPE, text=True)
-        return set(result.stdout.splitlines()) if result.returncode else set()
-
-    def has_pip(self) -> bool:
-        return self.python.exists() and self.run("-m", "pip", "--version", stdout=subprocess.DEVNULL).returncode == 0
-
-    def pip_install(self, what: str, *arguments: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            constraints = pathlib.Path(folder) / "constraints.txt"
-            constraints.write_text("\n".join(self.constraints))
-            self.call(what, "-m", "pip", "install", "--use-pep517", "--constraint", str(constraints), *arguments)
-
-    def call(self, what: str, *arguments: str) -> None:
-        """Run the environment's Python with its output in the log, telling of large downloads only.
-
-        Raises:
-            SetupError: it failed; the message says why, as far as that can be told.
-        """
-        busy = self.folder / BUSY
-        busy.touch()
-        lines = []
-        with self.popen(*arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for line in process.stdout:
-                lines.append(line.strip())
-                if re.match(r"Downloading .*\((\d{2,}\.\d MB|.* GB)\)", line.strip()):
-                    say(f"  {line.strip()}")
-        if process.returncode >= 0:  # it ended by itself, so pip has left nothing half-done
-            busy.unlink()
-        if process.returncode == 0:
-            return
-        with open(self.log, "a+", errors="replace") as log:
-            log.write("\n".join(["", *lines, ""]))
-            log.seek(self.started_at)
-            record = log.read()
-        details = f"(details: {self.log})"
-        if NO_NETWORK.search(record):
-            raise SetupError(
-                f"{what} could not be downloaded because the package index could not be reached: connect to the "
-                f"network and run the same command again, it goes on from here {details}"
-            )
-        errors = [line for line in lines if line.lower().startswith("error: ")]
-        reason = errors[-1][len("error: ") :] if errors else f"exit status {process.returncode}"
-        if "No matching distribution found for torch" in reason:
-            reason = (
-                f"there is no build of it for Python {self.version} on {platform.system()} "
-                f"{platform.machine()}; name another Python with PYTHON=/path/to/python3 (and remove {self.folder}), "
-                "or an environment that has torch with VENV=/path/to/environment"
-            )
-        raise SetupError(f"{what} could not be installed: {reason} {details}")
-
-    def run(self, *arguments: str, **keywords) -> subprocess.CompletedProcess:
-        with self.popen(*arguments, stderr=subprocess.DEVNULL, **keywords) as process:
-            output, _ = process.communicate()
-        return subprocess.CompletedProcess(arguments, process.returncode, output)
-
-    def run_python(self, *arguments: str) -> str:
-        result = self.run(*arguments, stdout=subprocess.PIPE, text=True)
-        if result.returncode:
-            raise SetupError(f"{self.python} does not work (exit status {result.returncode}); remove {self.folder}")
-        return result.stdout
-
-    def popen(self, *arguments: str, **keywords) -> subprocess.Popen:
-        pip = {"PIP_LOG": str(self.log), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_NO_COLOR": "1"}
-        pip["PIP_ROOT_USER_ACTION"] = "ignore"
-        return subprocess.Popen([str(self.python), *arguments], cwd=ROOT, env={**os.environ, **pip}, **keywords)
+    def changed(self) -> None:
+        (self.folder / BUSY).unlink()
 
 
 def main(arguments: list | None = None) -> int:

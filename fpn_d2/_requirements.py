@@ -1,4 +1,4 @@
-"""The check at the first use of fpn_d2: pip installs none of these with us, so they are looked for here, see setup.py."""
+"""The check at the first use of fpn_d2: pip installs none of these with us (see setup.py), so they are looked for."""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ REQUIREMENTS = (
         "detectron2",
         "Detectron2",
         (0, 6),
-        "run `make setup` in a clone of fpn_d2, or see https://detectron2.readthedocs.io/tutorials/install.html",
+        "run `fpn-d2 install-detectron2`, or see https://detectron2.readthedocs.io/tutorials/install.html",
     ),
 )
 # Only for images and pictures: a model is built, trained and run without it.

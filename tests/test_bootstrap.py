@@ -16,9 +16,11 @@ import pytest
 import torch
 from detectron2.utils.collect_env import collect_env_info
 
-from bootstrap import detectron2_wheel, environment
-from bootstrap.detectron2_wheel import MENDS, ROOT, Mend, WheelError, mended_files, write_wheel
-from bootstrap.environment import Environment, SetupError
+from bootstrap import environment
+from bootstrap.environment import Environment
+from fpn_d2.set_up import detectron2_wheel, installer
+from fpn_d2.set_up.detectron2_wheel import MENDS, ROOT, Mend, WheelError, mended_files, write_wheel
+from fpn_d2.set_up.installer import SetupError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = {
@@ -270,6 +272,7 @@ class TestEnvironment:
         found = {"detectron2": {"version": "0.6", "wheel": "Generator: fpn_d2 bootstrap 0123456789ab"}}
         monkeypatch.setattr(Environment, "find", lambda self, *names: found)
         monkeypatch.setattr(Environment, "call", lambda self, what, *arguments: calls.append(what))
+        monkeypatch.setattr(installer, "plan", lambda *_: None)
         fake_environment(tmp_path / "theirs", ours=False).install_detectron2()
         assert calls == []
         ours = fake_environment(tmp_path / "ours", ours=True)

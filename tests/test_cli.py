@@ -92,12 +92,69 @@ def test_mistake_is_one_line_without_traceback(tmp_path):
     assert result.stderr == "fpn-d2 scenes: Expected train to be a whole number of at least 1, got 0.\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["scenes"]])
-def test_unknown_or_incomplete_command_shows_the_usage(arguments, capsys):
+def test_alone_it_shows_its_verbs(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {verb} " in shown or f"    {verb}\n" in shown for verb in cli.build_parser().verbs())
+    assert len(cli.build_parser().verbs()) == len(cli.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("trian", "there is no verb trian (did you mean train?); see fpn-d2 --help"),
+        ("data chek", "there is no action chek (did you mean check?); see fpn-d2 data --help"),
+        ("scenes", "the following arguments are required: --output; see fpn-d2 scenes --help"),
+        ("scenes --output", "argument --output: expected one argument; see fpn-d2 scenes --help"),
+        ("scenes --outptu x", "there is no option --outptu (did you mean --output?); see fpn-d2 scenes --help"),
+        ("scenes --output x y", "there is no place for the argument y; see fpn-d2 scenes --help"),
+        ("scenes --output x --train many", "argument --train: invalid int value: 'many'; see fpn-d2 scenes --help"),
+        ("train --config-file", "argument --config-file: expected one argument; see fpn-d2 train --help"),
+        ("train A 1 --resmue", "there is no option --resmue (did you mean --resume?); see fpn-d2 train --help"),
+    ],
+)
+def test_an_unknown_or_incomplete_command_is_one_line(command, told, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        cli.main(command.split())
     assert caught.value.code == 2
-    assert "usage: fpn-d2" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"error: {told}\n")
+
+
+def test_a_verb_far_from_all_is_told_which_there_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fly"])
+    told = capsys.readouterr().err
+    assert told.startswith("error: there is no verb fly: there are ") and told.count("\n") == 1
+    assert all(verb in told for verb in cli.build_parser().verbs())
+
+
+def test_an_option_may_be_shortened_and_a_value_may_follow_a_sign(tmp_path):
+    args = cli.build_parser().parse_args(["scenes", "--out", "x", "--tr=3"])
+    assert (args.output, args.train) == ("x", 3)
+
+
+def test_train_takes_what_detectron2s_own_command_line_takes():
+    from detectron2.engine import default_argument_parser
+
+    theirs = default_argument_parser()
+    words = "--config-file a.yaml --resume --eval-only --num-gpus 2 --num-machines 3 --machine-rank 1 --dist-url tcp://h:1"
+    for given in ([], [*words.split(), "A.B", "1", "C", "(2,)"]):
+        expected, ours = vars(theirs.parse_args(given)), vars(cli.build_parser().parse_args(["train", *given]))
+        if not given:
+            assert expected.pop("dist_url").startswith("tcp://127.0.0.1:") and ours["dist_url"] is None
+        assert {name: ours[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["COCO-Detection/faster_rcnn_R_50_FPN_1x", "configs/pyramids/retinanet_R_50_BiFPN_1x"])
+def test_configs_lists_names_that_lead_to_files(name, capsys):
+    assert cli.main(["configs"]) == 0
+    rows = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) > 60 and all(title.strip() for _, title in rows)
+    assert name.removeprefix("configs/") in [row[0] for row in rows]
+    assert cli.main(["configs", name]) == 0
+    path = capsys.readouterr().out.rstrip("\n")
+    assert path.endswith(f"{name.removeprefix('configs/')}.yaml") and os.path.isfile(path)
 
 
 def test_convert_torchvision(tmp_path, capsys):

@@ -19,10 +19,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 def metadata(monkeypatch):
     """The keywords that setup.py hands to setuptools."""
     keywords = {}
-    setuptools = types.ModuleType("setuptools")
-    setuptools.find_packages = lambda **_: []
-    setuptools.setup = keywords.update
-    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    monkeypatch.setattr("setuptools.setup", lambda **given: keywords.update(given))
     runpy.run_path(str(REPOSITORY / "setup.py"))
     return keywords
 
@@ -34,20 +31,20 @@ def test_pip_install_touches_no_torch_detectron2_or_opencv(metadata):
     assert not tools & {"torch", "torchvision", "detectron2", "opencv-python", "opencv-python-headless"}
 
 
-def import_fpn_d2(folder: pathlib.Path, modules: dict) -> str:
-    """Import fpn_d2 where ``modules`` (name: source) stand before the real ones; return the error's last line."""
+def use_fpn_d2(folder: pathlib.Path, modules: dict, use: str) -> str:
+    """Use fpn_d2 where ``modules`` (name: source) stand before the real ones; return the error's last line."""
     for name, source in modules.items():
         (folder / f"{name}.py").write_text(source)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
     result = subprocess.run(
-        [sys.executable, "-c", "import fpn_d2"], env=environment, cwd=folder, text=True, capture_output=True
+        [sys.executable, "-c", use], env=environment, cwd=folder, text=True, capture_output=True
     )
     assert result.returncode == 1
     return result.stderr.splitlines()[-1]
 
 
 NEW = "__version__ = '99.0'\n"
-GOOD = {"torch": NEW, "torchvision": NEW, "cv2": NEW}
+GOOD = {"torch": NEW, "torchvision": NEW}
 
 
 @pytest.mark.parametrize(
@@ -60,16 +57,25 @@ GOOD = {"torch": NEW, "torchvision": NEW, "cv2": NEW}
             GOOD | {"torchvision": "raise RuntimeError('operator torchvision::nms does not exist')"},
             "fpn_d2 needs torchvision 0.15 or newer, found one that cannot be imported (operator torchvision::nms does",
         ),
-        (GOOD | {"cv2": "raise ModuleNotFoundError(name='cv2')"}, "fpn_d2 needs OpenCV 4.0 or newer, found none: "),
         (GOOD | {"detectron2": "__version__ = '0.5'"}, "fpn_d2 needs Detectron2 0.6 or newer, found 0.5: "),
         (
             GOOD | {"detectron2": "raise ModuleNotFoundError(name='detectron2')"},
-            "fpn_d2 needs Detectron2 0.6 or newer, found none: run `make setup`",
+            "fpn_d2 needs Detectron2 0.6 or newer, found none: run `fpn-d2 install-detectron2`",
         ),
     ],
 )
-def test_a_missing_broken_or_old_one_is_one_clear_import_error(tmp_path, modules, message):
-    assert import_fpn_d2(tmp_path, modules).startswith(f"ImportError: {message}")
+@pytest.mark.parametrize("use", ["import fpn_d2; fpn_d2.get_cfg()", "import fpn_d2.engine"])
+def test_a_missing_broken_or_old_one_is_one_clear_import_error(tmp_path, modules, message, use):
+    last = use_fpn_d2(tmp_path, modules, use)
+    assert last.startswith(f"fpn_d2._requirements.RequirementError: {message}")
+
+
+def test_opencv_is_needed_for_images_alone(tmp_path):
+    """Components are registered, and a configuration made, without it."""
+    modules = {"cv2": "raise ModuleNotFoundError(name='cv2')"}
+    use = "import fpn_d2.modeling, sys; fpn_d2.modeling.FPN, fpn_d2.get_cfg(); fpn_d2.load"
+    message = "fpn_d2._requirements.RequirementError: fpn_d2 needs OpenCV 4.0 or newer, found none: pip install"
+    assert use_fpn_d2(tmp_path, modules, use).startswith(message)
 
 
 def test_versions_are_compared_as_numbers(monkeypatch):

@@ -17,6 +17,7 @@ from . import (
     doctor,
     errors,
     export,
+    install_detectron2,
     levels,
     models,
     predict,
@@ -30,6 +31,7 @@ from . import (
 from .parser import Parser
 
 VERBS = (
+    install_detectron2,
     quickstart,
     train,
     configs,

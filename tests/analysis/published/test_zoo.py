@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from docs.transcribe_zoo import transcribe
-from fpn_d2.analysis.published.zoo import find_config, mmdet_baselines, mmdet_rows, zoo_baselines, zoo_row
+from fpn_d2.analysis.published.zoo import mmdet_baselines, mmdet_rows, zoo_baselines, zoo_row
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -89,21 +89,6 @@ def test_mmdetection_beside_it():
     masks = mmdet_rows("Misc/cascade_mask_rcnn_R_50_FPN_1x")
     assert [(row["config"], row["mask_AP"]) for row in masks] == [("cascade_mask_rcnn_r50_fpn_1x_coco", 35.9)]
     assert mmdet_rows("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml") == mmdet_rows("mine.yaml") == []
-
-
-def test_names_stand_for_files(tmp_path, monkeypatch):
-    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x"
-    found = find_config(f"{name}.yaml")
-    assert found == find_config(name) and found.is_file() and found.parts[-2:] == tuple(f"{name}.yaml".split("/"))
-    own = tmp_path / "own.yaml"
-    own.write_text("VERSION: 2\n")
-    assert find_config(str(own)) == own
-    monkeypatch.chdir(tmp_path)
-    assert find_config("own.yaml").resolve() == own
-    with pytest.raises(ValueError, match=r"did you mean COCO-Detection/faster_rcnn_R_50_FPN_1x\.yaml"):
-        find_config("COCO-Detection/faster_rcnn_R50_FPN_1x.yaml")
-    with pytest.raises(ValueError, match=r"looked for .*onw\.yaml \(did you mean own\.yaml\?\)"):
-        find_config(str(tmp_path / "onw.yaml"))
 
 
 def test_the_package_carries_its_data():

@@ -5,7 +5,7 @@ v0.6's Python files byte for byte, together with the model zoo's configs and wit
 ``pip install`` of it fails. This module downloads it (pip checks the hash), applies ``MENDS`` below and packs
 what remains as the wheel ``detectron2-0.6-py3-none-any.whl``. Only the standard library and pip are needed.
 
-    python -m bootstrap.detectron2_wheel OUTPUT_DIR
+    python detectron2_wheel.py OUTPUT_DIR
 """
 
 import base64
@@ -279,7 +279,7 @@ def build(output_dir: pathlib.Path) -> pathlib.Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m bootstrap.detectron2_wheel OUTPUT_DIR")
+        sys.exit("usage: python detectron2_wheel.py OUTPUT_DIR")
     try:
         print(build(pathlib.Path(sys.argv[1])))
     except WheelError as error:
