@@ -167,6 +167,10 @@ def test_commands_parse(name, line):
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert all(word in targets for word in words[1:] if "=" not in word)
+    elif words[:3] == ["python3", "-m", "venv"] or words[0] == "source":
+        assert words[-1] in ("env", "env/bin/activate", ".venv/bin/activate")
+    elif words[:2] == ["pip", "install"]:
+        assert words[2:] == ["."]
     elif words[:2] == ["fpn-d2", "train"]:
         check_training_command(words[2:])
     elif words[0] == "fpn-d2":

@@ -64,8 +64,8 @@ GOOD = {"torch": NEW, "torchvision": NEW}
         ),
     ],
 )
-@pytest.mark.parametrize("use", ["import fpn_d2; fpn_d2.get_cfg()", "import fpn_d2.engine"])
-def test_a_missing_broken_or_old_one_is_one_clear_import_error(tmp_path, modules, message, use):
+def test_a_missing_broken_or_old_one_is_one_clear_import_error(tmp_path, modules, message):
+    use = "import fpn_d2; fpn_d2.get_cfg()" if "torch" in modules else "import fpn_d2.engine"
     last = use_fpn_d2(tmp_path, modules, use)
     assert last.startswith(f"fpn_d2._requirements.RequirementError: {message}")
 

@@ -1,5 +1,6 @@
 """The console script ``fpn-d2``: arguments for the functions of this package, one file a verb, no logic of its own."""
 
+import logging
 import multiprocessing
 import shlex
 import sys
@@ -58,6 +59,7 @@ if multiprocessing.current_process().name.startswith("process "):
     train.end_quietly_during_the_start()
 # Of code below us, at its import; nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in str(record.msg))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

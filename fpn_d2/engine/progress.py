@@ -78,6 +78,7 @@ def set_up_logging(output_dir: str, rank: int) -> None:
     """
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is not what ends a training
     warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # Detectron2's anchors; nothing to act on
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # Detectron2's default on few cores
     # The same calls as in Detectron2's default_setup: setup_logger remembers them and adds no second handler.
     libraries = [
         setup_logger(output_dir, distributed_rank=rank, name="fvcore"),
