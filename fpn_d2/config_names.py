@@ -1,6 +1,7 @@
 """Configurations by name: those that come with fpn_d2, and those of Detectron2's model zoo."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def find_config(name: str, zoo_first: bool = False) -> Path:
     Raises:
         UserError: There is no such file; the text names the nearest ones.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):  # which takes any text
         return path
     folders = [own_folder()]
     if not name.startswith(_OURS):
@@ -102,7 +103,7 @@ def _in_folders(name: str, folders: Sequence[Path]) -> Path | None:
     if not bare or ".." in Path(bare).parts or Path(bare).is_absolute():
         return None
     candidates = [folder / f"{bare}{end}" for folder in folders for end in ("", ".yaml")]
-    return next((path for path in candidates if path.is_file() and path.suffix == ".yaml"), None)
+    return next((path for path in candidates if path.suffix == ".yaml" and os.path.isfile(path)), None)
 
 
 def _near(name: str, folders: Sequence[Path]) -> str:

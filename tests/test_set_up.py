@@ -84,7 +84,7 @@ def test_sizes_are_said_before_anything_is_downloaded(index, environment, capsys
     offer(index, "small", "3.0")
     environment.pip_install("the large one", "large")
     shown = capsys.readouterr().out
-    assert shown.startswith("[set-up] installing the large one: 2 packages, 2.0 MB (large 2.0 MB, small ")
+    assert shown.startswith("[set-up] installing the large one; to download: 2 packages, 2.0 MB (large 2.0 MB, small ")
     assert environment.find("large", "small", "absent") == {
         "large": {"version": "1.0", "release": "1.0", "wheel": environment.find("large")["large"]["wheel"]},
         "small": {"version": "3.0", "release": "3.0", "wheel": environment.find("small")["small"]["wheel"]},
@@ -134,9 +134,10 @@ def test_sizes():
     assert [size_text(n) for n in (7, 5400, 54_000, 9_940_000, 554_618_164, 2_900_000_000)] == [
         *("7 bytes", "5.4 kB", "54 kB", "9.9 MB", "555 MB", "2.9 GB"),
     ]
-    assert Downloads({"a": None}).text() == "1 package of unknown size"
-    four = {"a": 1_000_000, "b": None, "c": 3_000_000, "d": 2_000, "e": 40_000}
-    assert Downloads(four).text() == "5 packages, at least 4.0 MB (c 3.0 MB, a 1.0 MB, e 40 kB)"
+    assert Downloads({"a": None}).text() == "to download: 1 package of unknown size"
+    assert Downloads({"a": 0}).text() == Downloads({}).text() == "nothing to download"
+    four = {"a": 1_000_000, "b": None, "c": 3_000_000, "d": 2_000, "e": 40_000, "f": 0}
+    assert Downloads(four).text() == "to download: 5 packages, at least 4.0 MB (c 3.0 MB, a 1.0 MB, e 40 kB)"
 
 
 def test_what_lies_here_is_not_downloaded_and_what_nobody_answers_is_unknown(tmp_path):

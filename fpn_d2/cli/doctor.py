@@ -9,7 +9,8 @@ def add(verbs: argparse._SubParsersAction) -> None:
     """Add the verb to ``fpn-d2``."""
     text = "Say what to change in a config for its data set, and what went wrong in a run; changes nothing."
     parser = verbs.add_parser("doctor", help=text, description=text, epilog=f"Example: {EXAMPLE}")
-    parser.add_argument("config", metavar="CONFIG.yaml", help="file, or name of one of ours, whose DATASETS.TRAIN is looked at")
+    about = "file, or name of one of ours, whose DATASETS.TRAIN is looked at"
+    parser.add_argument("config", metavar="CONFIG.yaml", help=about)
     parser.add_argument("--run", metavar="DIR", dest="folder", help="output folder of a run of it")
     parser.add_argument("--write", metavar="NEW.yaml", help="write a config on top of it with what is proposed")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="keys over the configuration's")

@@ -21,24 +21,24 @@ _SECONDS_FOR_A_SIZE = 10
 
 
 class Downloads:
-    """Packages by name, each with its size in bytes; None where it is not known."""
+    """Packages by name, each with its size in bytes; None where it is not known, 0 for what is on this machine."""
 
     def __init__(self, sizes: dict[str, int | None]):
         self.sizes = sizes
 
     def text(self) -> str:
         """In words: how many, how large, the largest ones."""
-        known = {name: size for name, size in self.sizes.items() if size is not None}
+        wanted = {name: size for name, size in self.sizes.items() if size != 0}
+        known = {name: size for name, size in wanted.items() if size is not None}
+        packages = f"{len(wanted)} package{'s' if len(wanted) != 1 else ''}"
+        if not wanted:
+            return "nothing to download"
         if not known:
-            return f"{_packages(len(self.sizes))} of unknown size"
-        least = "" if len(known) == len(self.sizes) else "at least "
+            return f"to download: {packages} of unknown size"
+        least = "" if len(known) == len(wanted) else "at least "
         largest = sorted(known, key=known.get, reverse=True)[:3]
         names = ", ".join(f"{name} {size_text(known[name])}" for name in largest)
-        return f"{_packages(len(self.sizes))}, {least}{size_text(sum(known.values()))} ({names})"
-
-
-def _packages(count: int) -> str:
-    return f"{count} package{'s' if count != 1 else ''}"
+        return f"to download: {packages}, {least}{size_text(sum(known.values()))} ({names})"
 
 
 def size_text(size: int) -> str:
@@ -75,7 +75,7 @@ def plan(python: Path, arguments: Sequence[str], environment: dict[str, str]) ->
 
 
 def size_of(url: str) -> int | None:
-    """Size in bytes of what is at an address; None if it does not say. What is on this machine has none to download."""
+    """Size in bytes of what is at an address; None if it does not say, 0 where it is on this machine already."""
     if urlsplit(url).scheme == "file":
         return 0
     certificates = next((os.environ[name] for name in ("PIP_CERT", "REQUESTS_CA_BUNDLE") if os.environ.get(name)), None)

@@ -165,7 +165,7 @@ class Installer:
             constraints.write_text("\n".join(self.constraints))
             options = ["--use-pep517", "--constraint", str(constraints), *arguments]
             downloads = plan(self.python, options, self.environment())
-            say(f"installing {what}" + (f": {downloads.text()}" if downloads and downloads.sizes else ""))
+            say(f"installing {what}" + (f"; {downloads.text()}" if downloads else ""))
             self.call(what, "-m", "pip", "install", *options)
 
     def call(self, what: str, *arguments: str) -> None:
