@@ -301,6 +301,8 @@ class Trial:
             row[f"{numerics}, losses"] = said(lambda model=model: self.same_losses(model))
             if numerics == "exact" and row["exact, losses"] != "equal":
                 row["exact, losses"] += f" (stock a second time: {said(lambda: self.same_losses(self.stock))})"
+        for moved in (self.stock, model):  # norms that are trained have, in the steps above
+            moved.load_state_dict(self.weights)
         for name, dtype in DTYPES.items():
             row[f"stock, {name}"] = said(lambda dtype=dtype: self.optimised(self.stock, dtype))
             row[f"ours, {name}"] = said(lambda dtype=dtype: self.optimised(model, dtype))
