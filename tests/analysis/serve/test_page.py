@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import pycocotools.mask as mask_util
 from PIL import Image
 
 from tests.chromium import Page, needs_chromium
@@ -41,6 +43,21 @@ def test_the_page_in_a_browser(server, tmp_path):
         page.eval("document.getElementById('show-maps').click()")
         page.wait("document.querySelectorAll('#maps img').length === 5")
         page.wait("[...document.querySelectorAll('#maps img')].every(i => i.complete && i.naturalWidth)")
+
+        # Masks are decoded as pycocotools does it.
+        mask = np.zeros((37, 53), np.uint8)
+        mask[5:30, 7:40] = 1
+        mask[::3, ::5] ^= 1
+        rle = mask_util.encode(np.asfortranarray(mask))
+        sent = json.dumps({"size": rle["size"], "counts": rle["counts"].decode()})
+        painted = page.eval(
+            "(() => { const canvas = new OffscreenCanvas(53, 37), context = canvas.getContext('2d');"
+            f" drawMask(context, {sent}, [255, 0, 0]);"
+            " const found = [], pixels = context.getImageData(0, 0, 53, 37).data;"
+            " for (let i = 3; i < pixels.length; i += 4) found.push(pixels[i] ? 1 : 0);"
+            " return found; })()"
+        )
+        np.testing.assert_array_equal(np.reshape(painted, (37, 53)), mask)
 
         # Wide and narrow, light and dark.
         for width in (1200, 390):
