@@ -202,7 +202,8 @@ class _Faults(ast.NodeVisitor):
             self._key(node.args[0])
         for number, keyword in enumerate(node.keywords):
             # False is what leaving these two out comes to.
-            said = keyword.arg in ("strict", "check") and ast.unparse(keyword.value) == "False"
+            said = keyword.arg == "check" and ast.unparse(keyword.value) == "False"
+            said = said or keyword.arg == "strict"  # of zip: what is paired is as long as it is in any case
             if keyword.arg and not said:
                 other = copy.deepcopy(node)
                 del other.keywords[number]

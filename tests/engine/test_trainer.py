@@ -171,3 +171,17 @@ def test_an_unknown_evaluator_type_is_refused(tmp_path, scenes):
             build_evaluator(cfg, "engine_odd")
     finally:
         MetadataCatalog.remove("engine_odd")
+
+
+def test_what_a_checkpoint_knows_of_processes_and_numbers(tmp_path, scenes, caplog):
+    """Both go into the state, and out of it: a module's running number, and how many processes there were."""
+    trainer = Trainer(small_config(tmp_path, scenes, *NO_TEST))
+    trainer.model.running_mean_of_objects = 7.5
+    state = trainer.state_dict()
+    assert state["processes"] == 1
+    trainer.model.running_mean_of_objects = 1.0
+    with caplog.at_level(logging.WARNING):
+        trainer.load_state_dict(state)
+        assert "processes" not in caplog.text and trainer.model.running_mean_of_objects == 7.5
+        trainer.load_state_dict(state | {"processes": 3})
+    assert "The training had 3 processes and has 1" in caplog.text

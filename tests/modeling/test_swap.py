@@ -279,3 +279,26 @@ def test_get_cfg_is_detectron2s_with_our_keys():
     cfg = get_cfg()
     fpn_d2.add_fpn_d2_config(cfg)
     assert fpn_d2.get_cfg().dump() == cfg.dump() and "NECK" not in get_cfg().MODEL.FPN
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("BACKBONE.ANTI_ALIAS", True, "build_resnet_lpf_backbone"),
+        ("RESNETS.DEFORM_INTERVAL", 3, "build_resnet_interval_backbone"),
+        ("RESNETS.DEFORM_INTERVAL", 1, "build_resnet_backbone"),
+        ("MOBILENET", True, "build_mnv2_backbone"),
+        ("MOBILENET", False, "build_resnet_backbone"),
+    ],
+)
+def test_the_bottom_up_of_adelaidet_follows_its_keys(key, value, expected):
+    cfg = fpn_d2.get_cfg()
+    node = cfg.MODEL
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    cfg.MODEL.FCOS = CfgNode({"TOP_LEVELS": 2})
+    cfg.MODEL.BACKBONE.NAME = "build_fcos_resnet_fpn_backbone"
+    fpn_d2.swap(cfg)
+    assert (cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.BOTTOM_UP) == ("build_fpn_backbone", expected)
