@@ -8,9 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
+MISTAKE = 2  # exit status of a program that a mistake of the user has ended
+
 
 class UserError(ValueError):
-    """Something that the user asked for cannot be: its text is one sentence that says what to do instead."""
+    """Something that the user asked for cannot be: its text is one sentence that says what to do instead.
+
+    It is raised where the mistake is found. It alone becomes one line on a terminal; any other error is taken for a
+    fault of a program, and keeps its traceback.
+    """
 
 
 def did_you_mean(name: str, candidates: Iterable[str], most: int = 3) -> str:
@@ -90,30 +96,23 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def user_mistakes_end_the_program(say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Within this context a mistake of the user ends the program with one line on stderr and exit status 2.
-
-    It is meant for the set-up alone: reading the configuration, building the model and the loaders, loading weights.
-    A mistake of the user is a `ValueError`, `TypeError` or `FileNotFoundError` raised by a line of fpn_d2. The same
-    errors out of other libraries are bugs until proven otherwise and keep their traceback.
+    """Within this context a `UserError` ends the program with one line on stderr and exit status `MISTAKE`.
 
     Args:
         say: Shows the line; by default it is printed on stderr.
     """
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        if not _raised_in_fpn_d2(error):
-            raise
-        logging.getLogger("fpn_d2.traceback").debug("".join(traceback.format_exception(error)))
-        line = f"error: {one_line(error)}"
-        say(line) if say else print(line, file=sys.stderr, flush=True)
-        sys.exit(2)
+    except UserError as error:
+        sys.exit(tell(error, say))
 
 
-def _raised_in_fpn_d2(error: BaseException) -> bool:
-    if isinstance(error, UserError):
-        return True
-    last = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        last = frame
-    return last is not None and last.f_globals.get("__name__", "").split(".")[0] == "fpn_d2"
+def tell(error: UserError, say: Callable[[str], None] | None = None) -> int:
+    """Show a mistake of the user in one line, on stderr or by ``say``; returns the exit status that belongs to it.
+
+    The log file, where there is one by then, has the traceback too.
+    """
+    logging.getLogger("fpn_d2.traceback").debug("".join(traceback.format_exception(error)))
+    line = f"error: {one_line(error)}"
+    say(line) if say else print(line, file=sys.stderr, flush=True)
+    return MISTAKE

@@ -3,7 +3,11 @@
 import contextlib
 import difflib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from fpn_d2.errors import UserError
 
 UNFINISHED = ".unfinished"  # at the end of the name of a file that is being written
 
@@ -23,12 +27,11 @@ def locate(path: str | os.PathLike, what: str, *, folder: bool = False) -> Path:
         The absolute path.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder. The message names all places that were looked at, and
-            an existing name that is close, if there is one.
-        TypeError: If ``path`` is not a path.
+        UserError: If there is no such file or folder. The message names all places that were looked at, and
+            an existing name that is close, if there is one. If ``path`` is not a path.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise TypeError(f"Expected the path of {what} as text, got {path!r}.")
+        raise UserError(f"Expected the path of {what} as text, got {path!r}.")
     named = Path(path).expanduser()
     places = [Path(os.path.abspath(named))]
     if not named.is_absolute():
@@ -43,7 +46,7 @@ def locate(path: str | os.PathLike, what: str, *, folder: bool = False) -> Path:
     close = [found for place in places for found in _close_names(place, folder)]
     if close:
         message += f" Did you mean {close[0]}?"
-    raise FileNotFoundError(message)
+    raise UserError(message)
 
 
 def _close_names(place: Path, folder: bool) -> list[Path]:
@@ -55,13 +58,46 @@ def _close_names(place: Path, folder: bool) -> list[Path]:
     return [place.parent / name for name in difflib.get_close_matches(place.name, names, n=1)]
 
 
+def writable_folder(folder: str | os.PathLike) -> Path:
+    """Check that files can be written in a folder that a user named, and make it if it is not there.
+
+    Raises:
+        UserError: Says why not.
+    """
+    folder = Path(folder).expanduser()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(b"x")
+            f.flush()
+    return folder
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Within this context a file or folder that a user named is written.
+
+    Raises:
+        UserError: The system did not let it be; says why not.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {os.path.abspath(path)}: {error.strerror or error}") from error
+
+
 def write_atomically(path: str, text: str) -> None:
-    """Write a small text file such that readers see the old text or the new, never a part, also after a power cut."""
-    with open(path + UNFINISHED, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + UNFINISHED, path)
+    """Write a small text file such that readers see the old text or the new, never a part, also after a power cut.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with writing(path):
+        with open(path + UNFINISHED, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + UNFINISHED, path)
     sync_folder(os.path.dirname(path))
 
 

@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -58,8 +59,8 @@ def test_overwrite(tmp_path, capsys):
         "--seed",
     ]
     assert cli.main([*command, "1"]) == 0
-    assert cli.main([*command, "2"]) == 1
-    assert "fpn-d2 scenes: " in capsys.readouterr().err
+    assert cli.main([*command, "2"]) == 2
+    assert "error: " in capsys.readouterr().err
     assert cli.main([*command, "2", "--overwrite"]) == 0
 
 
@@ -88,8 +89,8 @@ def test_mistake_is_one_line_without_traceback(tmp_path):
         text=True,
         check=False,
     )
-    assert result.returncode == 1
-    assert result.stderr == "fpn-d2 scenes: Expected train to be a whole number of at least 1, got 0.\n"
+    assert result.returncode == 2
+    assert result.stderr == "error: Expected train to be a whole number of at least 1, got 0.\n"
 
 
 def test_alone_it_shows_its_verbs(capsys):
@@ -173,8 +174,8 @@ def test_convert_torchvision(tmp_path, capsys):
     variances = "backbone.bottom_up.stem.conv1.norm.running_var"
     torch.testing.assert_close(second[variances] - first[variances], torch.full((2,), 1e-3), rtol=1e-3, atol=1e-6)
     torch.save({"a": torch.zeros(2)}, source)
-    assert cli.main(["convert-torchvision", source, target]) == 1
-    assert f"fpn-d2 convert-torchvision: {source}: these are not the weights" in capsys.readouterr().err
+    assert cli.main(["convert-torchvision", source, target]) == 2
+    assert f"error: {source}: these are not the weights" in capsys.readouterr().err
 
 
 def test_convert_weights(tmp_path, capsys):
@@ -186,7 +187,7 @@ def test_convert_weights(tmp_path, capsys):
     assert cli.main(["convert-weights", target, again]) == 0
     loaded = torch.load(again, weights_only=True)
     assert loaded.pop("model")["a"].tolist() == [1, 1] and loaded == {"matching_heuristics": True}
-    assert cli.main(["convert-weights", source, "out.bin"]) == 1
+    assert cli.main(["convert-weights", source, "out.bin"]) == 2
     assert "ends in .pth" in capsys.readouterr().err
 
 
@@ -287,3 +288,44 @@ def test_compare_passes_its_arguments_on(monkeypatch, capsys):
     )
     assert taken.pop()[2] == expected
     assert "tables" in capsys.readouterr().out
+
+
+# What is asked for in a folder with a file "file", a COCO json without content and a weight file of one tensor.
+MISTAKES = {
+    "scenes --output file": "file exists and does not hold scenes",
+    "scenes --output file/below": "cannot write .*/file: File exists",
+    "data check nowhere.json": r"looked for .*/nowhere\.json",
+    "data check empty.json --report file/r.json": "cannot write .*/file/r.json: Not a directory",
+    "predict nowhere.pth . --output out": r"looked for .*/nowhere\.pth",
+    "predict weights.pth . --output out": "--config",
+    "export file --output out": "file",
+    "errors nowhere.json empty.json --output out": r"no file nowhere\.json",
+    "errors empty.json empty.json --output out --iou 7": "IoU of a right detection is 7.0",
+    "errors empty.json empty.json --output out": "empty.json has no objects",
+    "levels file empty.json --output out": "file",
+    "doctor nowhere.yaml": r"looked for .*/nowhere\.yaml",
+    "doctor coco.yaml": "data set coco_2017_train: its json_file does not exist: .*DETECTRON2_DATASETS",
+    "convert-torchvision nowhere.pth out.pth": r"no weight file nowhere\.pth",
+    "convert-weights weights.pth file/out.pth": "cannot write .*/file: File exists",
+    "study --output file/below": "cannot write .*/file/below: Not a directory",
+    "compare coco.yaml nowhere": "nowhere is neither a file",
+    "compare coco.yaml coco.yaml --output file/below": "cannot write .*/file/below: Not a directory",
+    "cost-curves --device foo": "the device is 'foo'; it must be cpu, cuda",
+    "cost-curves --output file --largest 64": "cannot write .*/file: File exists",
+    "benchmark --output file --rows loading": "cannot write .*/file: File exists",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_in_any_verb_is_one_line_and_status_2(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (tmp_path / "coco.yaml").write_text("VERSION: 2\nDATASETS: {TRAIN: [coco_2017_train], TEST: []}\n")
+    torch.save({"a": torch.zeros(2)}, "weights.pth")
+    assert cli.main(command.split()) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert re.search(MISTAKES[command], told[-1]) and told[-1].startswith("error: ")
+    assert not [line for line in told if "Traceback" in line]
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.data.scenes import draw_scene
 from fpn_d2.data.shapes import SHAPES
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
@@ -312,5 +313,5 @@ def test_masks_and_keypoints_with_every_extractor(extractor, heads):
 def test_what_makes_no_sense_is_refused_at_construction(options, message):
     if "vit" in options.get("bottom_up", "") and options["bottom_up"] not in ALL_BOTTOM_UPS:
         pytest.skip("needs timm")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_model(config(**options))

@@ -102,9 +102,9 @@ def test_every_key_is_in_the_table(generate):
 
 def test_a_key_without_comment_is_refused(generate):
     source = "    # ---- Section ----\n    # What it means.\n    new.A = 1\n    new.B = 2\n"
-    with pytest.raises(ValueError, match="B has no comment"):
+    with pytest.raises(UserError, match="B has no comment"):
         generate.key_table(source, {"A": 1, "B": 2})
-    with pytest.raises(ValueError, match="names A, which"):
+    with pytest.raises(UserError, match="names A, which"):
         generate.key_table(source, {"B": 2})
     assert "| `A` | `1` | What it means. |" in generate.key_table(source.replace("    new.B = 2\n", ""), {"A": 1})
 
@@ -113,7 +113,7 @@ def test_a_document_without_the_marks_is_refused(generate):
     marked = "a\n<!-- keys: begin, by a script -->\nold\n<!-- keys: end -->\nb\n"
     assert "new" in generate.replace_part(marked, "keys", "new")
     assert "old" not in generate.replace_part(marked, "keys", "new")
-    with pytest.raises(ValueError, match="configs: begin"):
+    with pytest.raises(UserError, match="configs: begin"):
         generate.replace_part(marked, "configs", "new")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from torch.utils.data import DataLoader
 
+from fpn_d2 import cli
 from fpn_d2.engine.launch import launch
 from fpn_d2.errors import UserError, did_you_mean, not_found, shown, shown_value, user_mistakes_end_the_program
 
@@ -42,10 +43,18 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: set X to 3\n"
 
 
-def test_an_error_raised_by_a_line_of_ours_is_a_mistake_of_the_user(capsys):
+def test_a_mistake_that_our_code_finds_is_one_line(capsys):
     with pytest.raises(SystemExit), user_mistakes_end_the_program():
         launch(print, 1, num_machines=2, device="cpu")
     assert "--dist-url" in capsys.readouterr().err
+
+
+def test_any_other_error_of_our_own_code_keeps_its_traceback(monkeypatch):
+    with pytest.raises(TypeError), user_mistakes_end_the_program():
+        shown("text", most="80")  # a fault in a program, not in what a user asked for
+    monkeypatch.setattr("fpn_d2.data.scenes.make_scenes", lambda *_, **__: shown("text", most="80"))
+    with pytest.raises(TypeError):
+        cli.main(["scenes", "--output", "nowhere"])
 
 
 def test_an_error_of_another_library_keeps_its_traceback():

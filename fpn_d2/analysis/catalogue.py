@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fpn_d2.analysis.measure.complexity import count_macs, count_parameters
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY, Neck, build_pooler
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
@@ -115,10 +116,10 @@ def list_components(
         progress: show a progress bar; None: where stderr is a terminal.
 
     Raises:
-        ValueError: the size is not positive.
+        UserError: the size is not positive.
     """
     if min(size) < 1:
-        raise ValueError(f"the image size is {size[0]}x{size[1]}; expected a positive height and width")
+        raise UserError(f"the image size is {size[0]}x{size[1]}; expected a positive height and width")
     work = [(row, measure) for row, measure in _work(size) if names is None or row.name in names]
     rows = []
     with tqdm(
@@ -229,10 +230,10 @@ def show(rows: Sequence[Component], size: tuple[int, int], form: str = "table") 
     """Lay out the rows for a terminal ("table"), a document ("markdown") or a program ("json").
 
     Raises:
-        ValueError: the form is none of these.
+        UserError: the form is none of these.
     """
     if form not in FORMATS:
-        raise ValueError(f"the format is {form!r}; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"the format is {form!r}; expected one of {', '.join(FORMATS)}")
     if form == "json":
         return json.dumps({"height": size[0], "width": size[1], "components": [asdict(row) for row in rows]}, indent=1)
     image = f"image of {size[0]} x {size[1]}"

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 from typing import IO, Any
 
 import torch
@@ -81,21 +80,6 @@ def remove_unfinished(folder: str) -> None:
         for entry in list(os.scandir(folder)):
             if entry.name.endswith(f".pth{UNFINISHED}"):
                 os.remove(entry.path)
-
-
-def check_writable(folder: str) -> None:
-    """Check that files can be written in ``folder``, which is made if it is not there.
-
-    Raises:
-        UserError: Says why not.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(b"x")
-            f.flush()
-    except OSError as error:
-        raise UserError(f"cannot write into the folder {os.path.abspath(folder)}: {error.strerror}") from error
 
 
 def damage(path: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fpn_d2.errors import UserError
-from fpn_d2.files import UNFINISHED
+from fpn_d2.files import UNFINISHED, writable_folder, writing
 
 from .plain_pickle import Source, check_parts, load_plain
 from .safetensors_file import is_safetensors, read_safetensors, write_safetensors
@@ -125,9 +125,10 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
         path: Ends in .pth, for `torch.save`, or .safetensors.
 
     Raises:
-        UserError: It has another ending, or the package safetensors is needed and not installed.
+        UserError: It has another ending or cannot be written, or the package safetensors is needed and not installed.
     """
     check_weight_file_name(path)
+    writable_folder(os.path.dirname(path) or ".")
     kept = {key: checkpoint[key] for key in ("model", "__author__", "matching_heuristics") if key in checkpoint}
     unfinished = path + UNFINISHED
     try:
@@ -135,7 +136,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
             write_safetensors(kept, unfinished)
         else:
             torch.save(kept, unfinished)
-        os.replace(unfinished, path)
+        with writing(path):
+            os.replace(unfinished, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(unfinished)

@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if None.
 
     Returns:
-        Exit code: what the verb says, 0 if nothing; 1 after a mistake in the arguments' values, told in one line.
+        Exit code: what the verb says, 0 if nothing; 2 after a mistake of the user, told in one line.
     """
     from fpn_d2._requirements import RequirementError
-    from fpn_d2.errors import one_line
+    from fpn_d2.errors import UserError, tell
     from fpn_d2.huge_pages import ask_for_huge_pages
 
     argv = sys.argv[1:] if argv is None else argv
@@ -87,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except RequirementError as error:
         sys.exit(f"error: {error}")
-    except (ValueError, TypeError, OSError) as error:
-        print(f"fpn-d2 {args.verb}: {one_line(error)}", file=sys.stderr)
-        return 1
+    except UserError as error:
+        return tell(error)
 
 
 def build_parser() -> Parser:

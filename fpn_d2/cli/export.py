@@ -17,7 +17,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
         "export",
         help=text,
         description=text,
-        epilog=f"Examples: {EXAMPLE} -- {EXAMPLE_INT8} -- Exit status: 0; 1 after a mistake; 3 if what was written "
+        epilog=f"Examples: {EXAMPLE} -- {EXAMPLE_INT8} -- Exit status: 0; 2 after a mistake; 3 if what was written "
         "differs by more than 0.01 pixels or 1e-4 in a score, or openvino-int8 costs more AP than --max-drop.",
     )
     parser.add_argument("weights", metavar="CHECKPOINT", help="checkpoint of train_net.py, or weights with --config")

@@ -15,7 +15,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
         "predict",
         help=text,
         description=text,
-        epilog=f"Example: {EXAMPLE} -- Exit status: 0; 1 after a mistake; 3 if some images could not be read; 130 if "
+        epilog=f"Example: {EXAMPLE} -- Exit status: 0; 2 after a mistake; 3 if some images could not be read; 130 if "
         "stopped.",
     )
     parser.add_argument("weights", metavar="CHECKPOINT", help="checkpoint of train_net.py, or weights with --config")

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from fpn_d2.errors import UserError
 from fpn_d2.files import locate
 
 from .coco_annotations import CheckOptions
@@ -47,14 +48,14 @@ def register_from_config(cfg: CfgNode) -> None:
         cfg: Configuration with the keys of ``add_fpn_d2_config``.
 
     Raises:
-        FileNotFoundError: If a json, a folder or images are missing.
-        ValueError: If an entry or an annotation file is malformed, or a name stands for other data already.
+        UserError: If a json, a folder or images are missing, an entry or an annotation file is malformed, or a name
+            stands for other data already.
     """
     seen: set[str] = set()
     for (key, fields), register in zip(_FIELDS.items(), (_register_coco, _register_voc), strict=True):
         for entry in _entries(cfg.DATASETS[key], f"DATASETS.{key}", *fields):
             if entry["NAME"] in seen:
-                raise ValueError(f"DATASETS.COCO_FORMAT and VOC_FORMAT name the data set {entry['NAME']!r} twice.")
+                raise UserError(f"DATASETS.COCO_FORMAT and VOC_FORMAT name the data set {entry['NAME']!r} twice.")
             seen.add(entry["NAME"])
             register(cfg, entry)
 
@@ -93,7 +94,7 @@ def class_names(cfg: CfgNode) -> list[str]:
         The names in the order of the class indices; empty if no data set is named or if none of them has classes.
 
     Raises:
-        ValueError: If a data set is unknown, or if the data sets, those for testing among them, do not agree.
+        UserError: If a data set is unknown, or if the data sets, those for testing among them, do not agree.
     """
     register_from_config(cfg)
     reference: tuple[str, list[str]] | None = None
@@ -108,7 +109,7 @@ def class_names(cfg: CfgNode) -> list[str]:
         if reference is None:
             reference = (name, list(classes))
         elif list(classes) != reference[1]:
-            raise ValueError(
+            raise UserError(
                 f"The data sets {reference[0]!r} and {name!r} differ in their classes: "
                 + _difference(reference[1], list(classes))
             )
@@ -120,7 +121,7 @@ def _require_known(name: str) -> None:
     if name not in known:
         own = ", ".join(sorted(_registered)) or "none"
         close = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(
+        raise UserError(
             f"There is no data set {name!r}. "
             + (f"Did you mean {close[0]!r}? " if close else "")
             + f"Named in DATASETS.COCO_FORMAT or VOC_FORMAT: {own}."
@@ -145,7 +146,7 @@ def _entries(value: Any, key: str, fields: tuple[str, ...], optional: tuple[str,
         f" and, if wanted, {', '.join(optional)}" if optional else ""
     )
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{key}: expected a list of entries, each {expected}; got {value!r}.")
+        raise UserError(f"{key}: expected a list of entries, each {expected}; got {value!r}.")
     if value and all(isinstance(part, str) for part in value):
         value = [value]  # a single entry without the outer list
     entries = []
@@ -153,15 +154,15 @@ def _entries(value: Any, key: str, fields: tuple[str, ...], optional: tuple[str,
         if isinstance(entry, (list, tuple)) and len(entry) == len(fields):
             entry = dict(zip(fields, entry, strict=True))
         elif not isinstance(entry, dict):
-            raise ValueError(f"{key}: expected {expected}; got {entry!r}.")
+            raise UserError(f"{key}: expected {expected}; got {entry!r}.")
         entry = {str(name).upper(): part for name, part in entry.items()}
         missing = [name for name in fields if name not in entry]
         unknown = [name for name in entry if name not in fields + optional]
         if missing or unknown:
-            raise ValueError(f"{key}: expected {expected}; missing are {missing}, unknown {unknown}.")
+            raise UserError(f"{key}: expected {expected}; missing are {missing}, unknown {unknown}.")
         for name in fields:
             if not isinstance(entry[name], str) or not entry[name]:
-                raise ValueError(f"{key}: expected text as {name}, got {entry[name]!r} in {entry}.")
+                raise UserError(f"{key}: expected text as {name}, got {entry[name]!r} in {entry}.")
         entries.append(entry)
     return entries
 
@@ -184,7 +185,7 @@ def _register_voc(cfg: CfgNode, entry: dict) -> None:
     if classes is not None and not (
         isinstance(classes, (list, tuple)) and classes and all(isinstance(c, str) for c in classes)
     ):
-        raise ValueError(f"DATASETS.VOC_FORMAT: expected a list of names as CLASSES of {name!r}, got {classes!r}.")
+        raise UserError(f"DATASETS.VOC_FORMAT: expected a list of names as CLASSES of {name!r}, got {classes!r}.")
     classes = list(classes) if classes else None
     folder = locate(entry["DIR"], f"data set {name!r}", folder=True)
     files = [folder / "ImageSets" / "Main" / f"{split}.txt", *sorted((folder / "Annotations").glob("*.xml"))]
@@ -227,7 +228,7 @@ def _register(
     if name in _registered and name in DatasetCatalog.list():
         known_source, known_state = _registered[name]
         if known_source != source:
-            raise ValueError(
+            raise UserError(
                 f"The data set name {name!r} stands for {_words(known_source)} already; "
                 f"give {_words(source)} another name."
             )
@@ -236,7 +237,7 @@ def _register(
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     elif name in DatasetCatalog.list():
-        raise ValueError(f"The data set name {name!r} is taken by Detectron2 or your own code; choose another one.")
+        raise UserError(f"The data set name {name!r} is taken by Detectron2 or your own code; choose another one.")
 
     known = recall(name, (source, state))
     if known is None or not os.path.isfile(known["json_file"]):

@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fpn_d2.errors import shown
-from fpn_d2.files import UNFINISHED
+from fpn_d2.files import UNFINISHED, writing
 
 # What becomes of a record with a defect.
 STOP = "stops"  # nothing sound can be made of the set as it is
@@ -197,10 +197,13 @@ class Report:
         Args:
             path: The file; it appears whole or not at all.
             **more: Further entries at the top.
+
+        Raises:
+            UserError: It cannot be written.
         """
         head = {"source": self.source, **more, "totals": self.totals, "counts": dict(self.counts.most_common())}
         partial = f"{os.fspath(path)}{UNFINISHED}"
-        with open(partial, "w", encoding="utf-8") as file:
+        with writing(path), open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(head, indent=1)[:-2] + ',\n "defects": [')
             for number, defect in enumerate(self.defects()):
                 record = {"kind": defect.kind, "fate": KINDS[defect.kind][0]}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fpn_d2.files import UNFINISHED
+from fpn_d2.files import UNFINISHED, writing
 
 _CHUNK = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -75,12 +75,13 @@ def write_records(records: Iterable[tuple[str, int | None, Any]], path: Path) ->
     """Write a json file from records as `read_records` gives them; it appears whole or not at all.
 
     Raises:
-        OSError: It cannot be written.
+        UserError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=UNFINISHED)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=UNFINISHED)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with writing(path), os.fdopen(handle, "w", encoding="utf-8") as file:
             _write_records(file, records)
         os.chmod(partial, 0o644)
         os.replace(partial, path)

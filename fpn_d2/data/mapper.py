@@ -13,7 +13,7 @@ from detectron2.data.detection_utils import transform_proposals
 from fvcore.transforms.transform import BlendTransform, Transform, TransformList
 from torch.utils.data import get_worker_info
 
-from fpn_d2.errors import shown
+from fpn_d2.errors import UserError, shown
 from fpn_d2.fast.apply import numerics
 
 from .bad_images import BadImage, BadImages
@@ -43,7 +43,7 @@ class ColorJitter(T.Augmentation):
     def __init__(self, strength: float, image_format: str):
         super().__init__()
         if not 0.0 <= strength < 1.0:
-            raise ValueError(f"Expected INPUT.COLOR_JITTER to be at least 0 and less than 1, got {strength}.")
+            raise UserError(f"Expected INPUT.COLOR_JITTER to be at least 0 and less than 1, got {strength}.")
         self.strength = strength
         self.image_format = image_format
         self._first = [
@@ -95,7 +95,7 @@ class TrainingMapper(DatasetMapper):
         """Arguments of this class from a configuration.
 
         Raises:
-            ValueError: If ``INPUT.COLOR_JITTER`` is out of range, or ``INPUT.VERTICAL_FLIP`` is on with keypoints:
+            UserError: If ``INPUT.COLOR_JITTER`` is out of range, or ``INPUT.VERTICAL_FLIP`` is on with keypoints:
                 which of them are left and right would be wrong in the mirrored image; or if ``MODEL.NUMERICS`` is
                 unknown.
         """
@@ -104,7 +104,7 @@ class TrainingMapper(DatasetMapper):
         arguments["max_bad_images"] = cfg.DATASETS.MAX_BAD_IMAGES
         if is_train and cfg.INPUT.VERTICAL_FLIP:
             if cfg.MODEL.KEYPOINT_ON:
-                raise ValueError("INPUT.VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON; set one of them to False.")
+                raise UserError("INPUT.VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON; set one of them to False.")
             arguments["augmentations"].append(T.RandomFlip(horizontal=False, vertical=True))
         if is_train and cfg.INPUT.COLOR_JITTER != 0:
             arguments["augmentations"].append(ColorJitter(cfg.INPUT.COLOR_JITTER, cfg.INPUT.FORMAT))

@@ -17,6 +17,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
+from fpn_d2.errors import UserError
+from fpn_d2.files import writable_folder
+
 from . import textures
 from .shapes import SHAPES, render
 
@@ -69,7 +72,7 @@ def make_scenes(
         The folder.
 
     Raises:
-        ValueError: If a parameter is out of range, or if the folder holds something else than these scenes.
+        UserError: If a parameter is out of range, or if the folder holds something else than these scenes.
     """
     folder = Path(folder).expanduser()
     if max_size is None:
@@ -91,7 +94,7 @@ def make_scenes(
     if _made_before(folder, parameters, overwrite):
         return folder
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder.parent)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     replaced = work.with_suffix(".replaced")
     try:
@@ -253,38 +256,38 @@ def _check_parameters(parameters: dict) -> None:
     for key in ("train", "val", "image_size", "max_objects", "seed"):
         low = 0 if key == "seed" else 1
         if isinstance(parameters[key], bool) or not isinstance(parameters[key], int) or parameters[key] < low:
-            raise ValueError(f"Expected {key} to be a whole number of at least {low}, got {parameters[key]!r}.")
+            raise UserError(f"Expected {key} to be a whole number of at least {low}, got {parameters[key]!r}.")
     if parameters["image_size"] < 32:
-        raise ValueError(f"Expected image_size of at least 32 pixels, got {parameters['image_size']}.")
+        raise UserError(f"Expected image_size of at least 32 pixels, got {parameters['image_size']}.")
     low, high = parameters["min_size"], parameters["max_size"]
     if not 4.0 <= low <= high <= parameters["image_size"]:
-        raise ValueError(
+        raise UserError(
             f"Expected 4 <= min_size <= max_size <= image_size ({parameters['image_size']} pixels), "
             f"got min_size {low:g} and max_size {high:g}."
         )
     for key in ("empty", "own_colour"):
         if not 0.0 <= parameters[key] <= 1.0:
-            raise ValueError(f"Expected the share {key} to lie between 0 and 1, got {parameters[key]:g}.")
+            raise UserError(f"Expected the share {key} to lie between 0 and 1, got {parameters[key]:g}.")
 
 
 def _made_before(folder: Path, parameters: dict, overwrite: bool) -> bool:
     """Whether the folder holds these very scenes.
 
     Raises:
-        ValueError: If it holds anything else that may not be overwritten.
+        UserError: If it holds anything else that may not be overwritten.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     record = folder / PARAMETERS_FILE
     if not record.is_file():
-        raise ValueError(f"{folder} exists and does not hold scenes made here; choose another folder.")
+        raise UserError(f"{folder} exists and does not hold scenes made here; choose another folder.")
     found = json.loads(record.read_text())
     if found == parameters:
         return True
     if overwrite:
         return False
     different = [key for key in parameters if found.get(key) != parameters[key]]
-    raise ValueError(
+    raise UserError(
         f"{folder} holds scenes with other parameters ("
         + ", ".join(f"{key} {found.get(key)!r} there, {parameters[key]!r} asked for" for key in different)
         + "); choose another folder, or overwrite them with --overwrite."

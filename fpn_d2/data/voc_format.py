@@ -41,8 +41,7 @@ def read_voc(
         The content of a COCO-format json whose ``file_name`` are relative to ``JPEGImages``.
 
     Raises:
-        FileNotFoundError: If a part of the layout is missing.
-        UserError: If the list of images is empty, or nothing in the folder has a class.
+        UserError: If a part of the layout is missing, there is no image, or nothing in it has a class.
     """
     annotation_folder = locate(folder / "Annotations", f"the annotations of {folder}", folder=True)
     image_folder = locate(folder / "JPEGImages", f"the images of {folder}", folder=True)

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
+from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics
 
 OPTIMIZERS = ("SGD", "AdamW")
@@ -21,11 +22,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     AdamW reads BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and CLIP_GRADIENTS.
 
     Raises:
-        ValueError: SOLVER.OPTIMIZER is neither.
+        UserError: SOLVER.OPTIMIZER is neither.
     """
     name = cfg.SOLVER.OPTIMIZER
     if name not in OPTIMIZERS:
-        raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"SOLVER.OPTIMIZER is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if name == "SGD" and not (on_cpu and numerics(cfg) == "fast"):
         return solver.build_optimizer(cfg, model)

@@ -16,12 +16,12 @@ from detectron2.utils import comm
 
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import contents
-from fpn_d2.checkpoint.folder import check_writable
 from fpn_d2.data import check_others, register_from_config
 from fpn_d2.data.findings import into_the_log
 from fpn_d2.errors import UserError, one_line, user_mistakes_end_the_program
 from fpn_d2.evaluation.pictures import draw_detections
 from fpn_d2.evaluation.results import ap50, results_table
+from fpn_d2.files import writable_folder
 
 from .checks import check_data_files, check_test_augmentation, check_weight_file
 from .elastic import resumes
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         else:
             _check_batch(cfg)
         if "://" not in cfg.OUTPUT_DIR:
-            check_writable(cfg.OUTPUT_DIR)
+            writable_folder(cfg.OUTPUT_DIR)
         cfg.freeze()
         set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
         args.config_file = os.path.expanduser(getattr(args, "config_file", ""))  # default_setup prints the file

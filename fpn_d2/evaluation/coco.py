@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
 
+from fpn_d2.errors import UserError
+
 _MANY = 20_000  # objects; from here on pycocotools takes minutes
 _PLAIN_IDS = 1 << 53  # the C++ evaluation takes image ids below for what they are
 
@@ -98,7 +100,7 @@ class FastCOCOEvaluator(ReadableCOCOEvaluator):
         predicted, labelled = (len(one[0]["keypoints"]) // 3 for one in (results, annotations))
         sigmas = len(found.params.kpt_oks_sigmas)
         if not predicted == labelled == sigmas:
-            raise ValueError(
+            raise UserError(
                 f"predictions have {predicted} keypoints, the annotations {labelled}, and TEST.KEYPOINT_OKS_SIGMAS "
                 f"{sigmas} values; expected the same number of each"
             )

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpn_d2.data import TrainingMapper
+from fpn_d2.errors import UserError
 
 # One panel, in pixels: (width, height).
 _PANEL = (480, 360)
@@ -56,7 +57,7 @@ def draw_detections(cfg: CfgNode, model: nn.Module, dataset_name: str, path: str
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     picture = _grid(pairs, f"score >= {cfg.TEST.PICTURE_SCORE:g}")
     if not cv2.imwrite(path, picture[:, :, ::-1]):
-        raise OSError(f"could not write the picture {os.path.abspath(path)}")
+        raise UserError(f"could not write the picture {os.path.abspath(path)}")
 
 
 def _records(cfg: CfgNode, dataset_name: str) -> list[dict]:

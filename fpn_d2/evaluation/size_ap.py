@@ -11,6 +11,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_d2.errors import UserError
+
 
 def range_names(edges: Sequence[float]) -> list[str]:
     """Names of the ranges that ``edges`` part, e.g. ["<16", "16-32", ">=32"] for (16, 32)."""
@@ -33,11 +35,11 @@ def ap_by_size(annotation_file: str | os.PathLike, detection_file: str | os.Path
         {"AP": ..., "AP50": ..., "sizes": {range name: AP}}, in percent; nan for a range without objects.
 
     Raises:
-        ValueError: the edges are not positive and ascending.
+        UserError: the edges are not positive and ascending.
     """
     edges = [float(edge) for edge in edges]
     if not edges or edges[0] <= 0 or edges != sorted(set(edges)):
-        raise ValueError(f"edges are {edges}; expected at least one size in pixels, positive and ascending")
+        raise UserError(f"edges are {edges}; expected at least one size in pixels, positive and ascending")
     with open(detection_file) as file:
         detections = json.load(file)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress

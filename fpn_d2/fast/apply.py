@@ -5,6 +5,8 @@ import functools
 from detectron2.config import CfgNode
 from torch import nn
 
+from fpn_d2.errors import UserError
+
 from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastStem
 from .convolution import FastConvolution, FastTorchConvolution
 from .detections import FastBoxPredictor
@@ -38,10 +40,10 @@ def numerics(cfg: CfgNode) -> str:
     """Read ``cfg.MODEL.NUMERICS``.
 
     Raises:
-        ValueError: it is neither "fast" nor "exact".
+        UserError: it is neither "fast" nor "exact".
     """
     if cfg.MODEL.NUMERICS not in NUMERICS:
-        raise ValueError(f"MODEL.NUMERICS is {cfg.MODEL.NUMERICS!r}; expected one of {', '.join(NUMERICS)}")
+        raise UserError(f"MODEL.NUMERICS is {cfg.MODEL.NUMERICS!r}; expected one of {', '.join(NUMERICS)}")
     return cfg.MODEL.NUMERICS
 
 
@@ -49,10 +51,10 @@ def speed_up(module: nn.Module, numerics: str) -> nn.Module:
     """What every registered builder ends with: :func:`make_fast` if ``numerics`` is "fast"; nothing if "exact".
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     if numerics not in NUMERICS:
-        raise ValueError(f"numerics is {numerics!r}; expected one of {', '.join(NUMERICS)}")
+        raise UserError(f"numerics is {numerics!r}; expected one of {', '.join(NUMERICS)}")
     return make_fast(module) if numerics == "fast" else module
 
 

@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+from fpn_d2.errors import UserError
+
 from .guard import are_plain, autocast_dtype
 
 VARIABLE = "FPN_D2_CONV"
@@ -15,11 +17,11 @@ def is_on() -> bool:
     """Whether convolutions may be others than PyTorch's: the environment variable ``FPN_D2_CONV`` is not "direct".
 
     Raises:
-        ValueError: it is neither that nor "auto".
+        UserError: it is neither that nor "auto".
     """
     value = os.environ.get(VARIABLE, "auto")
     if value not in IMPLEMENTATIONS:
-        raise ValueError(f"{VARIABLE} is {value!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"{VARIABLE} is {value!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     return value == "auto"
 
 

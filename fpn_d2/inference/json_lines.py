@@ -20,7 +20,7 @@ import pycocotools.mask as mask_util
 from detectron2.structures import Instances
 
 from fpn_d2.errors import UserError
-from fpn_d2.files import UNFINISHED
+from fpn_d2.files import UNFINISHED, writing
 
 from .stream import Result
 
@@ -96,9 +96,14 @@ class JsonLines:
         return bool(place < len(self._done) and self._done[place] == code)
 
     def write(self, line: dict) -> None:
-        """Append a line; it is in the file when this returns."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append a line; it is in the file when this returns.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with writing(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -177,7 +182,7 @@ def write_coco(lines: str, path: str, categories: list[dict]) -> None:
             those of the annotation file, where one named them, and else 1, 2, ...
         categories: of COCO json.
     """
-    with open(path + UNFINISHED, "w", encoding="utf-8") as file:
+    with writing(path), open(path + UNFINISHED, "w", encoding="utf-8") as file:
         file.write('{"info": {"description": "predictions of fpn_d2"},\n"images": [')
         for place, (image_id, line) in enumerate(_good(lines)):
             image = {"id": image_id, "file_name": line["file"], "width": line["width"], "height": line["height"]}

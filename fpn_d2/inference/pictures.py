@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from fpn_d2.errors import UserError
-from fpn_d2.files import UNFINISHED
+from fpn_d2.files import UNFINISHED, writable_folder, writing
 
 from .drawing import draw, to_bgr
 from .predictor import Predictor
@@ -64,20 +64,21 @@ class PictureWriter:
             return
         self.finish_video()
         path = self.path_of(result.item.name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         there, data = cv2.imencode(os.path.splitext(path)[1], picture, [cv2.IMWRITE_JPEG_QUALITY, 90])
         if not there:
             raise UserError(f"the picture {path} cannot be written")
-        with open(path + UNFINISHED, "wb") as file:
-            file.write(data.tobytes())
-        os.replace(path + UNFINISHED, path)
+        with writing(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path + UNFINISHED, "wb") as file:
+                file.write(data.tobytes())
+            os.replace(path + UNFINISHED, path)
 
     def _add_frame(self, video: Video, picture: np.ndarray) -> None:
         height, width = picture.shape[:2]
         if self._video != video:
             self.finish_video()
             path = self.path_of(video.name, f"{UNFINISHED}.mp4")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            writable_folder(os.path.dirname(path))
             self._video, self._size = video, (width, height)
             self._writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), video.fps or _FPS, (width, height))
             if not self._writer.isOpened():

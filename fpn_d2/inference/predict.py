@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from fpn_d2.errors import UserError
-from fpn_d2.files import write_atomically
+from fpn_d2.files import writable_folder, write_atomically
 
 from .json_lines import JsonLines, line_of, write_coco
 from .pictures import PictureWriter
@@ -97,7 +97,7 @@ def predict(
             raise UserError(f"with annotations the source is the folder of their images; got {len(sources)} sources")
         named, categories = annotated(annotations, sources[0])
         ids = category_ids_of(predictor, categories, annotations)
-    os.makedirs(output, exist_ok=True)
+    writable_folder(output)
     path = os.path.join(output, LINES)
     _settle(predictor, annotations, output, overwrite)
     drawn = PictureWriter(os.path.join(output, PICTURES), predictor, picture_score) if pictures else None

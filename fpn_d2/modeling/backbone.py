@@ -26,7 +26,7 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Neck:
         input_shape: channels of the images.
 
     Raises:
-        ValueError: no such bottom-up pathway or neck, or the two do not fit.
+        UserError: no such bottom-up pathway or neck, or the two do not fit.
     """
     bottom_up = find_bottom_up(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape)
     if isinstance(getattr(bottom_up, "bottom_up", None), Backbone):

@@ -27,6 +27,8 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .level_assign import CanonicalLevelAssigner, box_areas, fractional_levels
 
 Pool = Callable[..., Tensor]
@@ -44,13 +46,13 @@ class ROIExtractor(nn.Module):
             out_channels: of what ``forward`` returns; None: C.
 
         Raises:
-            ValueError: no levels, levels not ascending, or no channels.
+            UserError: no levels, levels not ascending, or no channels.
         """
         super().__init__()
         if not levels or list(levels) != sorted(set(levels)):
-            raise ValueError(f"levels are {list(levels)}; expected at least one, ascending, each once")
+            raise UserError(f"levels are {list(levels)}; expected at least one, ascending, each once")
         if channels < 1:
-            raise ValueError(f"channels is {channels}; expected the channels of the maps, at least 1")
+            raise UserError(f"channels is {channels}; expected the channels of the maps, at least 1")
         self.levels = tuple(levels)
         self.channels = channels
         self.out_channels = channels if out_channels is None else out_channels
@@ -208,11 +210,11 @@ class Soft(ROIExtractor):
             canonical_level: k0.
 
         Raises:
-            ValueError: the size is not positive; see also :class:`ROIExtractor`.
+            UserError: the size is not positive; see also :class:`ROIExtractor`.
         """
         super().__init__(levels, channels)
         if not canonical_box_size > 0:
-            raise ValueError(
+            raise UserError(
                 f"canonical_box_size (MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE) is {canonical_box_size}; expected "
                 "a size in pixels greater than 0"
             )

@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 from torch import Tensor
 
+from fpn_d2.errors import UserError
+
 # Detectron2 adds it inside the logarithm, which keeps a box without area from giving minus infinity.
 EPSILON = 1e-8
 
@@ -64,7 +66,7 @@ def check_finite(box_lists: Sequence[Boxes]) -> None:
     """Raise for boxes that have no level.
 
     Raises:
-        ValueError: a coordinate is NaN or infinite; names the first such box by image and row.
+        UserError: a coordinate is NaN or infinite; names the first such box by image and row.
     """
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return
@@ -75,7 +77,7 @@ def check_finite(box_lists: Sequence[Boxes]) -> None:
         finite = torch.isfinite(boxes.tensor).all(dim=1)
         if not finite.all():
             row = int((~finite).nonzero()[0])
-            raise ValueError(
+            raise UserError(
                 f"cannot assign a pyramid level to {int((~finite).sum())} of {len(boxes)} boxes of image {image} in "
                 f"the batch: row {row} is {boxes.tensor[row].tolist()}, expected finite coordinates. If this comes up "
                 "in training, the loss has usually diverged: lower SOLVER.BASE_LR, warm up longer or clip gradients"
@@ -98,12 +100,12 @@ class CanonicalLevelAssigner:
             canonical_level: its level.
 
         Raises:
-            ValueError: no levels, levels not ascending, or a size that is not positive.
+            UserError: no levels, levels not ascending, or a size that is not positive.
         """
         if not levels or list(levels) != sorted(set(levels)):
-            raise ValueError(f"levels are {list(levels)}; expected at least one, ascending, each once")
+            raise UserError(f"levels are {list(levels)}; expected at least one, ascending, each once")
         if not canonical_box_size > 0:
-            raise ValueError(
+            raise UserError(
                 f"canonical_box_size (MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE) is {canonical_box_size}; expected "
                 "a size in pixels greater than 0"
             )

@@ -57,15 +57,15 @@ class PyramidROIPooler(ROIPooler):
             assigner: called with the absolute levels, returns what maps the boxes of a batch to level indices.
 
         Raises:
-            ValueError: an output size is not positive, a stride is not a power of 2, or they do not ascend.
+            UserError: an output size is not positive, a stride is not a power of 2, or they do not ascend.
         """
         size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
         if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-            raise ValueError(f"output_size is {output_size!r}; expected a positive int or (height, width)")
+            raise UserError(f"output_size is {output_size!r}; expected a positive int or (height, width)")
         levels = [-math.log2(scale) for scale in scales]
         if not levels or any(level % 1 for level in levels) or levels != sorted(set(levels)):
             strides = [1 / scale for scale in scales]
-            raise ValueError(f"the maps to pool from have strides {strides}; expected ascending powers of 2")
+            raise UserError(f"the maps to pool from have strides {strides}; expected ascending powers of 2")
         if pooler_type not in _OPERATIONS:
             raise UserError(
                 f"POOLER_TYPE is {pooler_type!r}{did_you_mean(str(pooler_type), _OPERATIONS)}; expected one of "
@@ -168,7 +168,7 @@ class CombiningROIPooler(PyramidROIPooler):
             extractor: called with the absolute levels, returns an extractor.
 
         Raises:
-            ValueError: see :class:`PyramidROIPooler`.
+            UserError: see :class:`PyramidROIPooler`.
         """
         super().__init__(output_size, scales, sampling_ratio, pooler_type, assigner=lambda levels: None)
         self.extractor = extractor(self.levels)
@@ -217,7 +217,7 @@ def build_pooler(
         pooler_type: see there.
 
     Raises:
-        ValueError: no such rule, or the backbone does not give the maps asked for.
+        UserError: no such rule, or the backbone does not give the maps asked for.
     """
     names = cfg.MODEL.ROI_HEADS.IN_FEATURES
     pooler, rule = (CombiningROIPooler, "extractor") if combines_levels(cfg) else (PyramidROIPooler, "assigner")

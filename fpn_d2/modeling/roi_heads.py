@@ -12,6 +12,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
+from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics, speed_up
 from fpn_d2.fast.guard import of_class
 
@@ -70,13 +71,13 @@ class _PyramidPoolers:
 
 def _check_maps(names: list[str], input_shape: dict[str, ShapeSpec]) -> None:
     if not names or any(name not in input_shape for name in names):
-        raise ValueError(
+        raise UserError(
             f"MODEL.ROI_HEADS.IN_FEATURES is {list(names)}; expected maps that the backbone gives: "
             f"{', '.join(input_shape)}"
         )
     channels = [input_shape[name].channels for name in names]
     if len(set(channels)) > 1:
-        raise ValueError(
+        raise UserError(
             f"MODEL.ROI_HEADS.IN_FEATURES {list(names)} have {channels} channels; the heads are shared over the "
             "levels, so that all have to be the same: use a neck"
         )
@@ -91,7 +92,7 @@ def _as_extracted(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, 
         return input_shape
     for branch, there in (("MASK", cfg.MODEL.MASK_ON), ("KEYPOINT", cfg.MODEL.KEYPOINT_ON)):
         if there and not cfg.MODEL[f"ROI_{branch}_HEAD"].POOLER_TYPE:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.ROI_LEVEL_ASSIGN.NAME {cfg.MODEL.ROI_LEVEL_ASSIGN.NAME!r} gives the heads {extracted} "
                 f"channels, but MODEL.ROI_{branch}_HEAD.POOLER_TYPE is empty: that head pools by itself, from maps of "
                 f"{channels}. Expected a pooler type, or another rule"
@@ -114,7 +115,7 @@ def _without_gaps(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> CfgNode:
 def _box_output_size(cfg: CfgNode) -> int | tuple[int, ...]:
     size = tuple(cfg.MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE)
     if size and len(size) != 2:
-        raise ValueError(f"MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE is {list(size)}; expected [height, width] or []")
+        raise UserError(f"MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE is {list(size)}; expected [height, width] or []")
     return size or cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
 
 
@@ -125,7 +126,7 @@ def _resized(heads: nn.Module | list, cfg: CfgNode, input_shape: dict[str, Shape
     channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
     head = build_box_head(cfg, ShapeSpec(channels=channels, height=size[0], width=size[1]))
     if head.output_shape != heads.output_shape:
-        raise ValueError(
+        raise UserError(
             "MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE needs a box head that ends in a fully connected layer "
             f"(MODEL.ROI_BOX_HEAD.NUM_FC of at least 1); this one gives {head.output_shape}"
         )

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
+from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics, speed_up
 from fpn_d2.fast.guard import of_class
 
@@ -34,17 +35,17 @@ class FPNRPN(RPN):
             kwargs: the arguments of Detectron2's ``RPN``.
 
         Raises:
-            ValueError: another number of weights, or one that is negative or not finite.
+            UserError: another number of weights, or one that is negative or not finite.
         """
         super().__init__(**kwargs)
         weights = [float(weight) for weight in level_loss_weights] or [1.0] * len(self.in_features)
         if len(weights) != len(self.in_features):
-            raise ValueError(
+            raise UserError(
                 f"level_loss_weights (MODEL.RPN.LEVEL_LOSS_WEIGHTS) has {len(weights)} values; expected one for each "
                 f"of the {len(self.in_features)} maps in MODEL.RPN.IN_FEATURES {list(self.in_features)}, or none"
             )
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-            raise ValueError(
+            raise UserError(
                 f"level_loss_weights (MODEL.RPN.LEVEL_LOSS_WEIGHTS) is {weights}; expected numbers of at least 0"
             )
         self.level_loss_weights = weights

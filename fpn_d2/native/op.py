@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_d2.errors import UserError
+
 from . import build
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class Op:
         """Return the library, loaded at the first call; None where it does not run. A failure is not tried again.
 
         Raises:
-            ValueError: ``FPN_D2_NATIVE`` names no operation.
+            UserError: ``FPN_D2_NATIVE`` names no operation.
         """
         if self.name in _left_out(os.environ.get(VARIABLE, "on")):
             return None
@@ -184,7 +186,7 @@ def _left_out(value: str) -> tuple[str, ...]:
     if value in ("", "on", "off"):
         return NAMES if value == "off" else ()
     if not set(words) <= set(NAMES):
-        raise ValueError(f"{VARIABLE} is {value!r}; expected on, off, or some of {', '.join(NAMES)}, with commas")
+        raise UserError(f"{VARIABLE} is {value!r}; expected on, off, or some of {', '.join(NAMES)}, with commas")
     return words
 
 

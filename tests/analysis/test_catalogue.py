@@ -11,6 +11,7 @@ from torch import nn
 from fpn_d2.analysis import catalogue as components
 from fpn_d2.analysis import count_macs, count_parameters
 from fpn_d2.analysis.catalogue import Component, list_components, show
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY, Neck
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
@@ -110,9 +111,9 @@ def test_layouts(rows):
     for block in markdown.split("### ")[1:]:
         columns = {line.count("|") for line in block.splitlines() if line.startswith("|")}
         assert len(columns) == 1, block
-    with pytest.raises(ValueError, match="table, markdown, json"):
+    with pytest.raises(UserError, match="table, markdown, json"):
         show([Component("neck", "x")], SIZE, "html")
-    with pytest.raises(ValueError, match="0x5"):
+    with pytest.raises(UserError, match="0x5"):
         list_components((0, 5))
 
 

@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from fpn_d2 import cli
 from fpn_d2.data.check import check_set
 from fpn_d2.data.coco_annotations import CheckOptions
+from fpn_d2.errors import UserError
 from tests.messy_data import CASES, sound_content, write_messy
 
 from .small_sets import coco_content, write_coco
@@ -48,25 +49,25 @@ def test_corners_are_converted(tmp_path, capsys):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.stops and "x1 y1" not in name])
 def test_what_cannot_be_repaired_is_said_in_one_line(tmp_path, capsys, name):
     files = write_messy(CASES[name], tmp_path)
-    assert cli.main(["data", "check", files[0], "--images", files[1], "--fix", str(tmp_path / "fixed.json")]) == 1
+    assert cli.main(["data", "check", files[0], "--images", files[1], "--fix", str(tmp_path / "fixed.json")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fpn-d2 data: ") and "cannot be repaired: " in error and error.count("\n") == 1
+    assert error.startswith("error: ") and "cannot be repaired: " in error and error.count("\n") == 1
     assert not (tmp_path / "fixed.json").exists()
 
 
 def test_the_set_itself_is_not_overwritten(tmp_path, capsys):
     files = write_coco(tmp_path, coco_content())
-    assert cli.main(["data", "check", files[0], "--fix", files[0]]) == 1
+    assert cli.main(["data", "check", files[0], "--fix", files[0]]) == 2
     assert "is the set itself" in capsys.readouterr().err
 
 
 def test_names_that_lead_nowhere(tmp_path, capsys):
     files = write_coco(tmp_path, coco_content())
-    assert cli.main(["data", "check", files[0].replace("set", "sett")]) == 1
+    assert cli.main(["data", "check", files[0].replace("set", "sett")]) == 2
     assert "neither a file, nor a folder, nor a registered set" in capsys.readouterr().err
-    assert cli.main(["data", "check", files[0], "--images", files[1] + "x"]) == 1
+    assert cli.main(["data", "check", files[0], "--images", files[1] + "x"]) == 2
     assert "did you mean images" in capsys.readouterr().err
-    assert cli.main(["data", "check", "coco_2017_vall"]) == 1
+    assert cli.main(["data", "check", "coco_2017_vall"]) == 2
     assert "did you mean coco_2017_val" in capsys.readouterr().err
 
 
@@ -106,5 +107,5 @@ def test_registered_records(tmp_path):
 
 def test_registered_function_that_fails():
     DatasetCatalog.register("check_failing", lambda: 1 / 0)
-    with pytest.raises(ValueError, match="check_failing cannot be loaded: ZeroDivisionError: division by zero"):
+    with pytest.raises(UserError, match="check_failing cannot be loaded: ZeroDivisionError: division by zero"):
         check_set("check_failing", CheckOptions())

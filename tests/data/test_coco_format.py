@@ -18,6 +18,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from fpn_d2.data import TrainingMapper, class_names, register_from_config
+from fpn_d2.errors import UserError
 
 from .small_sets import coco_content, config, write_coco
 
@@ -96,7 +97,7 @@ def test_from_yaml_and_back(tmp_path):
     ],
 )
 def test_malformed_entry(tmp_path, entry, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         register_from_config(config(tmp_path, COCO_FORMAT=entry))
 
 
@@ -108,14 +109,14 @@ def test_missing_json_and_image_folder(tmp_path):
         register_from_config(
             config(tmp_path, COCO_FORMAT=[["set", json_file.replace("set.json", "sett.json"), images]])
         )
-    with pytest.raises(FileNotFoundError, match=r"images of data set 'set': .*imgs\. Did you mean .*images"):
+    with pytest.raises(UserError, match=r"images of data set 'set': .*imgs\. Did you mean .*images"):
         register_from_config(config(tmp_path, COCO_FORMAT=[["set", json_file, images.replace("images", "imgs")]]))
 
 
 def test_json_that_is_not_json(tmp_path):
     _, images = write_coco(tmp_path, coco_content())
     (tmp_path / "set.json").write_text("{'images'")
-    with pytest.raises(ValueError, match="set.json: it is not valid json: expecting"):
+    with pytest.raises(UserError, match="set.json: it is not valid json: expecting"):
         register_from_config(config(tmp_path, COCO_FORMAT=[["set", str(tmp_path / "set.json"), images]]))
 
 
@@ -137,11 +138,11 @@ def test_registering_again_reads_nothing_until_the_file_changes(tmp_path, monkey
 def test_name_with_two_meanings(tmp_path):
     first, second = (write_coco(tmp_path / name, coco_content()) for name in ("first", "second"))
     register_from_config(config(tmp_path, COCO_FORMAT=[["set", *first]]))
-    with pytest.raises(ValueError, match=r"'set' stands for .*first.* already; give .*second.* another name"):
+    with pytest.raises(UserError, match=r"'set' stands for .*first.* already; give .*second.* another name"):
         register_from_config(config(tmp_path, COCO_FORMAT=[["set", *second]]))
-    with pytest.raises(ValueError, match="name the data set 'twice' twice"):
+    with pytest.raises(UserError, match="name the data set 'twice' twice"):
         register_from_config(config(tmp_path, COCO_FORMAT=[["twice", *first], ["twice", *second]]))
-    with pytest.raises(ValueError, match="'coco_2017_val' is taken"):
+    with pytest.raises(UserError, match="'coco_2017_val' is taken"):
         register_from_config(config(tmp_path, COCO_FORMAT=[["coco_2017_val", *first]]))
 
 
@@ -151,7 +152,7 @@ def test_classes_of_sets_that_disagree(tmp_path):
     content["categories"][0]["name"] = "yak"
     second = write_coco(tmp_path / "second", content)
     cfg = config(tmp_path, COCO_FORMAT=[["first", *first], ["second", *second]], TRAIN=("first",), TEST=("second",))
-    with pytest.raises(ValueError, match="'first' and 'second' differ .* only the first has zebra, .* second yak"):
+    with pytest.raises(UserError, match="'first' and 'second' differ .* only the first has zebra, .* second yak"):
         class_names(cfg)
     cfg.DATASETS.TRAIN = ()
     assert class_names(cfg) == ["ant", "yak"]
@@ -163,7 +164,7 @@ def test_classes_in_another_order(tmp_path):
     content["categories"][0]["id"], content["categories"][1]["id"] = 4, 20
     second = write_coco(tmp_path / "second", content)
     cfg = config(tmp_path, COCO_FORMAT=[["first", *first], ["second", *second]], TRAIN=("first", "second"))
-    with pytest.raises(ValueError, match="another order or number, ant, zebra and zebra, ant"):
+    with pytest.raises(UserError, match="another order or number, ant, zebra and zebra, ant"):
         class_names(cfg)
 
 
@@ -181,7 +182,7 @@ def test_classes_of_detectron2s_sets_and_of_sets_registered_in_python(tmp_path):
 def test_unknown_data_set_names_the_near_one(tmp_path):
     cells = write_coco(tmp_path, coco_content())
     cfg = config(tmp_path, COCO_FORMAT=[["cells_train", *cells]], TRAIN=("cell_train",))
-    with pytest.raises(ValueError, match="no data set 'cell_train'. Did you mean 'cells_train'.*: cells_train"):
+    with pytest.raises(UserError, match="no data set 'cell_train'. Did you mean 'cells_train'.*: cells_train"):
         class_names(cfg)
 
 
@@ -329,7 +330,7 @@ def test_images_without_annotations_for_testing_only(tmp_path):
     )
     assert [batch[0]["image_id"] for batch in loader] == [3, 7, 9]
     cfg.DATASETS.TRAIN = ("set",)
-    with pytest.raises(ValueError, match="has no 'annotations'.*only a set that is not trained on"):
+    with pytest.raises(UserError, match="has no 'annotations'.*only a set that is not trained on"):
         register_from_config(cfg)
 
 
@@ -359,7 +360,7 @@ def test_voc_with_given_classes(tmp_path, voc):
     entry = {"NAME": "wild", "DIR": str(voc), "SPLIT": "train", "CLASSES": ["wolf", "cat", "emu", "gnu"]}
     cfg = config(tmp_path / "out", VOC_FORMAT=[entry], TRAIN=("wild",))
     assert class_names(cfg) == ["wolf", "cat", "emu", "gnu"]
-    with pytest.raises(ValueError, match="expected a list of names as CLASSES of 'wild', got 'wolf'"):
+    with pytest.raises(UserError, match="expected a list of names as CLASSES of 'wild', got 'wolf'"):
         register_from_config(config(tmp_path, VOC_FORMAT=[{**entry, "CLASSES": "wolf"}]))
 
 
@@ -377,7 +378,7 @@ def test_defects_are_left_out_or_stop(tmp_path, on_bad_data, caplog):
     files = write_coco(tmp_path, messy_content())
     cfg = config(tmp_path / "out", COCO_FORMAT=[["set", *files]], TRAIN=("set",), ON_BAD_DATA=on_bad_data)
     if on_bad_data == "error":
-        with pytest.raises(ValueError, match=r"set.json: 1 defects: 1 x a box without area \(image 9, annotation 4: "):
+        with pytest.raises(UserError, match=r"set.json: 1 defects: 1 x a box without area \(image 9, annotation 4: "):
             register_from_config(cfg)
         assert not (tmp_path / "out").exists() and "set" not in DatasetCatalog.list()
         return
@@ -388,7 +389,7 @@ def test_defects_are_left_out_or_stop(tmp_path, on_bad_data, caplog):
 
 def test_ways_with_defects_that_do_not_exist(tmp_path):
     files = write_coco(tmp_path, coco_content())
-    with pytest.raises(ValueError, match="DATASETS.ON_BAD_DATA is 'ignore'; it must be skip or error"):
+    with pytest.raises(UserError, match="DATASETS.ON_BAD_DATA is 'ignore'; it must be skip or error"):
         register_from_config(config(tmp_path, COCO_FORMAT=[["set", *files]], ON_BAD_DATA="ignore"))
 
 

@@ -245,7 +245,7 @@ def test_what_the_model_gets_shares_nothing_with_the_record(photograph):
 
 
 def test_unknown_numerics(tmp_path):
-    with pytest.raises(ValueError, match="MODEL.NUMERICS is 'quick'; expected one of fast, exact"):
+    with pytest.raises(UserError, match="MODEL.NUMERICS is 'quick'; expected one of fast, exact"):
         TrainingMapper(small_config(tmp_path, MODEL__NUMERICS="quick"), True)
 
 
@@ -297,7 +297,7 @@ def test_vertical_flip_turns_image_and_boxes_over_half_of_the_time(tmp_path, rec
 def test_vertical_flip_is_refused_with_keypoints(tmp_path):
     cfg = small_config(tmp_path, INPUT__VERTICAL_FLIP=True, MODEL__KEYPOINT_ON=True)
     cfg.DATASETS.TRAIN = ("keypoints_coco_2017_train",)
-    with pytest.raises(ValueError, match="VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON"):
+    with pytest.raises(UserError, match="VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON"):
         TrainingMapper(cfg, True)
 
 
@@ -345,7 +345,7 @@ def test_colour_jitter_of_grey_images(tmp_path, record):
 
 @pytest.mark.parametrize("strength", [-0.1, 1.0, 2.0])
 def test_colour_jitter_out_of_range(tmp_path, strength):
-    with pytest.raises(ValueError, match="INPUT.COLOR_JITTER to be at least 0 and less than 1"):
+    with pytest.raises(UserError, match="INPUT.COLOR_JITTER to be at least 0 and less than 1"):
         TrainingMapper(small_config(tmp_path, INPUT__COLOR_JITTER=strength), True)
 
 

@@ -8,6 +8,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 
 from fpn_d2.data import check_others
+from fpn_d2.errors import UserError
 from tests.messy_data import CASES, sound_content, write_messy
 
 from .small_sets import config, write_coco
@@ -41,7 +42,7 @@ def test_sound_json_stays_where_it_is(tmp_path):
 
 def test_error_stops(tmp_path):
     register_coco_instances("others_bad", {}, *write_messy(CASES["box with NaN"], tmp_path))
-    with pytest.raises(ValueError, match="1 defects: 1 x a box that is not finite"):
+    with pytest.raises(UserError, match="1 defects: 1 x a box that is not finite"):
         checked(tmp_path, "others_bad", ON_BAD_DATA="error")
 
 

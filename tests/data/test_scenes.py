@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fpn_d2.data import TrainingMapper, register_from_config, scenes, textures
 from fpn_d2.data.scenes import MIN_VISIBLE, draw_scene, make_scenes
 from fpn_d2.data.shapes import SHAPES, render
+from fpn_d2.errors import UserError
 
 from .small_sets import config
 
@@ -173,9 +174,9 @@ def test_rendered_shape_covers_what_geometry_says(name, area):
 
 
 def test_render_refuses():
-    with pytest.raises(ValueError, match="Expected a shape among disc, .* got 'hexagon'"):
+    with pytest.raises(UserError, match="Expected a shape among disc, .* got 'hexagon'"):
         render("hexagon", 10, 0, 1)
-    with pytest.raises(ValueError, match="size greater than 0"):
+    with pytest.raises(UserError, match="size greater than 0"):
         render("disc", 0, 0, 1)
 
 
@@ -238,7 +239,7 @@ def test_other_parameters_are_refused_or_overwritten(tmp_path):
 def test_what_was_not_made_here_is_never_touched(tmp_path, overwrite):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="does not hold scenes made here"):
+    with pytest.raises(UserError, match="does not hold scenes made here"):
         make_scenes(tmp_path / "set", **SMALL, overwrite=overwrite)
     assert os.listdir(tmp_path / "set") == ["thesis.tex"]
 
@@ -300,7 +301,7 @@ def test_another_process_that_was_quicker(tmp_path, monkeypatch):
     ],
 )
 def test_parameters_out_of_range(tmp_path, parameters, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_scenes(tmp_path / "set", **{**SMALL, **parameters})
     assert not os.listdir(tmp_path)
 
@@ -325,7 +326,7 @@ def test_masks_and_boxes_agree_in_the_mapper(folder, tmp_path):
     json_file, images = folder / "annotations" / "instances_train.json", folder / "images" / "train"
     cfg = config(tmp_path, COCO_FORMAT=[["train", str(json_file), str(images)]], TRAIN=("train",))
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(ValueError, match="set INPUT.MASK_FORMAT to bitmask"):
+    with pytest.raises(UserError, match="set INPUT.MASK_FORMAT to bitmask"):
         register_from_config(cfg)
     cfg.INPUT.MASK_FORMAT = "bitmask"
     cfg.INPUT.MIN_SIZE_TRAIN = (128,)

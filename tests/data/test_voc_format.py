@@ -8,6 +8,7 @@ from fpn_d2.data.coco_annotations import CheckOptions
 from fpn_d2.data.coco_check import check_voc
 from fpn_d2.data.defects import MEND, SKIP, STOP
 from fpn_d2.data.voc_format import read_voc
+from fpn_d2.errors import UserError
 
 from .small_sets import HEIGHT, WIDTH, write_image, write_xml
 
@@ -54,18 +55,18 @@ def test_first_pixel_is_number_one(voc):
 @pytest.mark.parametrize("missing", ["Annotations", "JPEGImages"])
 def test_missing_part_of_the_layout(voc, missing):
     (voc / missing).rename(voc / (missing + "s"))
-    with pytest.raises(FileNotFoundError, match=f"{missing}.* Did you mean .*{missing}s"):
+    with pytest.raises(UserError, match=f"{missing}.* Did you mean .*{missing}s"):
         read_voc(voc, "train")
 
 
 def test_missing_split_names_the_near_one(voc):
-    with pytest.raises(FileNotFoundError, match=r"split 'trian'.*trian.txt\. Did you mean .*train.txt"):
+    with pytest.raises(UserError, match=r"split 'trian'.*trian.txt\. Did you mean .*train.txt"):
         read_voc(voc, "trian")
 
 
 def test_empty_split(voc):
     (voc / "ImageSets" / "Main" / "train.txt").write_text("\n")
-    with pytest.raises(ValueError, match="lists no image"):
+    with pytest.raises(UserError, match="lists no image"):
         read_voc(voc, "train")
 
 
@@ -150,7 +151,7 @@ def test_all_xml_files_without_a_split(voc):
 def test_no_object_anywhere(voc):
     for name in ("one", "two", "three"):
         write_xml(voc, name, [])
-    with pytest.raises(ValueError, match="hold no object"):
+    with pytest.raises(UserError, match="hold no object"):
         read_voc(voc, "train")
 
 

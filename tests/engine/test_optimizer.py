@@ -8,6 +8,7 @@ from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.engine.optimizer import build_optimizer
+from fpn_d2.errors import UserError
 
 
 def config(*options):
@@ -76,5 +77,5 @@ def test_fused_on_cpus_alone(name, device, fused):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="'Adam'; expected one of SGD, AdamW"):
+    with pytest.raises(UserError, match="'Adam'; expected one of SGD, AdamW"):
         build_optimizer(config("SOLVER.OPTIMIZER", "Adam"), model())

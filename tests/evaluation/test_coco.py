@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_tools
 
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.evaluation import evaluators
 from fpn_d2.evaluation.coco import FastCOCOEvaluator, ReadableCOCOEvaluator
 from tests.batches import random_boxes
@@ -131,7 +132,7 @@ def test_no_predictions_at_all(data, tmp_path):
 
 
 def test_a_wrong_number_of_sigmas_is_told(data, tmp_path):
-    with pytest.raises(ValueError, match="predictions have 17 keypoints, the annotations 17.*SIGMAS 3"):
+    with pytest.raises(UserError, match="predictions have 17 keypoints, the annotations 17.*SIGMAS 3"):
         evaluate(FastCOCOEvaluator, data, tmp_path, kpt_oks_sigmas=(0.1, 0.1, 0.1))
 
 

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from fpn_d2.engine import Trainer, draw_detections
+from fpn_d2.errors import UserError
 from tests.engine.small import TEST, small_config
 
 
@@ -105,5 +106,5 @@ def test_a_model_that_reads_its_proposals_from_files_is_drawn(tmp_path, scenes):
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, scenes):
     cfg = small_config(tmp_path, scenes)
     (tmp_path / "p.png").mkdir()
-    with pytest.raises(OSError, match="p.png"):
+    with pytest.raises(UserError, match="p.png"):
         draw_detections(cfg, _Finds([]), TEST, str(tmp_path / "p.png"))

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpn_d2.analysis import ap_by_size
+from fpn_d2.errors import UserError
 from fpn_d2.evaluation.size_ap import range_names
 
 
@@ -85,5 +86,5 @@ def test_names_and_mistakes(tmp_path):
     assert range_names((16, 32.5)) == ["<16", "16-32.5", ">=32.5"]
     assert range_names((8,)) == ["<8", ">=8"]
     for edges in ((), (0, 3), (32, 16), (16, 16)):
-        with pytest.raises(ValueError, match="ascending"):
+        with pytest.raises(UserError, match="ascending"):
             ap_by_size("a", "b", edges)

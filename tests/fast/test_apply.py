@@ -6,6 +6,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
+from fpn_d2.errors import UserError
 from fpn_d2.fast import cpu_maps
 from fpn_d2.fast.apply import make_fast, make_plain, speed_up
 from fpn_d2.fast.convolution import FastConvolution
@@ -117,7 +118,7 @@ def test_a_module_stays_the_object_that_it_is():
 
 
 def test_other_words_are_refused():
-    with pytest.raises(ValueError, match="MODEL.NUMERICS is 'quick'; expected one of fast, exact"):
+    with pytest.raises(UserError, match="MODEL.NUMERICS is 'quick'; expected one of fast, exact"):
         build("quick")
-    with pytest.raises(ValueError, match="numerics is 'quick'; expected one of fast, exact"):
+    with pytest.raises(UserError, match="numerics is 'quick'; expected one of fast, exact"):
         speed_up(nn.Conv2d(3, 4, 3), "quick")

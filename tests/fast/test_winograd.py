@@ -9,6 +9,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
 from fpn_d2.analysis.measure.complexity import count_macs
+from fpn_d2.errors import UserError
 from fpn_d2.fast import cpu_maps, winograd
 from fpn_d2.fast.apply import make_fast
 from fpn_d2.fast.convolution import FastConvolution
@@ -171,7 +172,7 @@ def test_where_it_pays(monkeypatch):
     monkeypatch.setenv(cpu_maps.VARIABLE, "direct")
     assert not winograd.pays(x, weight, bias)
     monkeypatch.setenv(cpu_maps.VARIABLE, "quick")
-    with pytest.raises(ValueError, match="FPN_D2_CONV is 'quick'; expected one of auto, direct"):
+    with pytest.raises(UserError, match="FPN_D2_CONV is 'quick'; expected one of auto, direct"):
         winograd.pays(x, weight, bias)
 
 

@@ -296,7 +296,7 @@ def test_exit_status_tells_of_bad_files_and_mistakes(project, capsys):
     out = capsys.readouterr()
     assert out.out == "1 images, 1 could not be read: out/predictions.json\n"
     assert "error: my/images/bad.png cannot be read" in out.err and "images/s" in out.err
-    assert cli.main(["predict", checkpoint, "my/imagse", "--output", "out"]) == 1
+    assert cli.main(["predict", checkpoint, "my/imagse", "--output", "out"]) == 2
     assert "did you mean images?" in capsys.readouterr().err
-    assert cli.main(["predict", "output/my/model_bset.pth", "my/images", "--output", "out"]) == 1
+    assert cli.main(["predict", "output/my/model_bset.pth", "my/images", "--output", "out"]) == 2
     assert "did you mean model_best.pth?" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_an_image_does_not_see_the_rest_of_its_batch():
     ],
 )
 def test_builder_refuses(key, value, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_backbone(config(**{key.replace(".", "__"): value}))
 
 
@@ -251,17 +251,17 @@ def test_maps_that_nobody_reads_are_told(caplog, last, warned):
 @pytest.mark.parametrize("neck", ["SimpleFeaturePyramid", "ImagePyramid", "BiFPN", "NASFPN"])
 @pytest.mark.parametrize("key,value", [("OUT_FEATURES", ["p2"]), ("TOP_DOWN", False), ("LATERAL", False)])
 def test_options_of_the_fpn_are_refused_by_other_necks(neck, key, value):
-    with pytest.raises(ValueError, match=f"MODEL.FPN.{key} is .*which the neck {neck} does not have"):
+    with pytest.raises(UserError, match=f"MODEL.FPN.{key} is .*which the neck {neck} does not have"):
         build_backbone(config(**{"MODEL__FPN__NECK": neck, f"MODEL__FPN__{key}": value}))
 
 
 def test_image_pyramid_has_no_top_block():
-    with pytest.raises(ValueError, match="TOP_BLOCK is 'maxpool'.*IMAGE_PYRAMID_LEVELS"):
+    with pytest.raises(UserError, match="TOP_BLOCK is 'maxpool'.*IMAGE_PYRAMID_LEVELS"):
         build_backbone(config(MODEL__FPN__NECK="ImagePyramid", MODEL__FPN__TOP_BLOCK="maxpool"))
 
 
 def test_group_norm_of_other_channels_names_the_keys():
-    with pytest.raises(ValueError, match="MODEL.FPN.NORM.*'GN' does not go with 48 channels .MODEL.FPN.OUT_CHANNELS"):
+    with pytest.raises(UserError, match="MODEL.FPN.NORM.*'GN' does not go with 48 channels .MODEL.FPN.OUT_CHANNELS"):
         build_backbone(config(MODEL__FPN__NORM="GN", MODEL__FPN__OUT_CHANNELS=48))
 
 

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import build_neck
 from fpn_d2.modeling.necks import BiFPN
 from fpn_d2.modeling.necks.bifpn import Fusion, bifpn_nodes
@@ -232,7 +233,7 @@ def test_size_of_efficientdet_d0():
     ],
 )
 def test_construction_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(**options)
 
 
@@ -248,5 +249,5 @@ def test_options_that_only_the_fpn_has_are_refused(neck, key, value):
     cfg.MODEL.FPN.NECK, cfg.MODEL.FPN.OUT_CHANNELS = neck, 8
     build_neck(cfg, Given())
     cfg.MODEL.FPN[key] = value
-    with pytest.raises(ValueError, match=rf"MODEL.FPN.{key} is .*neck {neck} does not have"):
+    with pytest.raises(UserError, match=rf"MODEL.FPN.{key} is .*neck {neck} does not have"):
         build_neck(cfg, Given())

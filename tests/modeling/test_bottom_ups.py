@@ -16,6 +16,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 ON_MAIN = pytest.mark.skipif(
@@ -181,23 +182,23 @@ def test_images_of_a_batch_do_not_see_each_other(name):
     ],
 )
 def test_nonsense_fails_at_construction(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(name, options=options)
 
 
 @pytest.mark.skipif(hasattr(detectron2_backbones, "SwinTransformer"), reason="this Detectron2 has them")
 @pytest.mark.parametrize("name", ["d2-swin", "d2-mvit", "d2-vit"])
 def test_what_this_detectron2_lacks_is_said(name):
-    with pytest.raises(ValueError, match=f"{PATHWAYS[name][0]} needs the .* of Detectron2's main branch"):
+    with pytest.raises(UserError, match=f"{PATHWAYS[name][0]} needs the .* of Detectron2's main branch"):
         build(name)
 
 
 @ON_MAIN
 def test_options_and_freezing_of_those_on_main():
-    with pytest.raises(ValueError, match="BOTTOM_UP.OPTIONS .*'width': 3.* do not fit Detectron2's SwinTransformer"):
+    with pytest.raises(UserError, match="BOTTOM_UP.OPTIONS .*'width': 3.* do not fit Detectron2's SwinTransformer"):
         build("d2-swin", options=["MODEL.BOTTOM_UP.OPTIONS", [["width", 3]]])
     for name in ("d2-mvit", "d2-vit"):
-        with pytest.raises(ValueError, match="FREEZE_AT is 2.*set it to 0"):
+        with pytest.raises(UserError, match="FREEZE_AT is 2.*set it to 0"):
             build(name, options=["MODEL.BACKBONE.FREEZE_AT", 2])
     swin = build("d2-swin", options=["MODEL.BACKBONE.FREEZE_AT", 2]).bottom_up
     frozen = {key for key, p in swin.named_parameters() if not p.requires_grad}

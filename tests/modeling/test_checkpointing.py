@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fpn_d2.errors import UserError
 from fpn_d2.modeling.bottom_up.checkpointing import checkpoint_stages
 from tests.batches import seed_everything
 from tests.modeling.test_backbone import build_backbone, config
@@ -68,5 +69,5 @@ def test_same_gradients_from_less_memory(pathway):
 
 
 def test_a_pathway_without_stages():
-    with pytest.raises(ValueError, match="GRADIENT_CHECKPOINTING is True, but Sequential has no stages .*to False"):
+    with pytest.raises(UserError, match="GRADIENT_CHECKPOINTING is True, but Sequential has no stages .*to False"):
         checkpoint_stages(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential()))

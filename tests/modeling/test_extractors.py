@@ -205,7 +205,7 @@ def test_order_of_images_does_not_matter(name):
 def test_not_finite_is_an_error(name):
     lists = box_lists((2, 2))
     lists[1].tensor[1, 0] = math.nan
-    with pytest.raises(ValueError, match="image 1 .*row 1"):
+    with pytest.raises(UserError, match="image 1 .*row 1"):
         pooler_of(name)(maps(channels=C), lists)
 
 
@@ -300,12 +300,12 @@ def test_plain_arguments_build_what_the_configuration_builds(name):
 @pytest.mark.parametrize("extractor", [AllMax, GRoIE, Soft])
 @pytest.mark.parametrize("levels,channels", [((), C), ((3, 2), C), ((2, 2), C), ((2, 3), 0)])
 def test_construction_refuses(extractor, levels, channels):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(UserError, match="expected"):
         extractor(levels, channels)
 
 
 def test_soft_refuses_a_size_that_is_not_positive():
-    with pytest.raises(ValueError, match="CANONICAL_BOX_SIZE.* is 0"):
+    with pytest.raises(UserError, match="CANONICAL_BOX_SIZE.* is 0"):
         Soft((2, 3), C, canonical_box_size=0)
 
 

@@ -6,6 +6,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
 
+from fpn_d2.errors import UserError
 from tests.batches import random_batch, seed_everything
 
 from .test_extractors import EXTRACTORS, NAMES, WITH_PARAMETERS
@@ -108,5 +109,5 @@ def test_concatenated_levels_widen_the_heads_alone(cascade):
 
 
 def test_a_head_that_pools_by_itself_cannot_have_concatenated_levels():
-    with pytest.raises(ValueError, match="64 channels, but MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty.* maps of 16"):
+    with pytest.raises(UserError, match="64 channels, but MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty.* maps of 16"):
         build_heads("all_concat", False, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "")

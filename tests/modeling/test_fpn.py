@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fpn_d2.errors import UserError
 from fpn_d2.fast.necks import add_nearest
 from fpn_d2.modeling import FPN
 from fpn_d2.modeling.necks.parts import fit
@@ -208,7 +209,7 @@ def test_convolutions_are_the_papers():
     ],
 )
 def test_construction_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(**options)
 
 

@@ -10,6 +10,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, build_resnet_backbon
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import HybridResNetViT
 from fpn_d2.modeling.bottom_up.hybrid import TransformerStage, sine_position_embedding
 
@@ -118,7 +119,7 @@ def test_freezing(freeze_at, frozen):
     ],
 )
 def test_builder_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(*options)
 
 

@@ -12,6 +12,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import ImagePyramid
 from fpn_d2.modeling.necks.image_pyramid import resize
 
@@ -167,5 +168,5 @@ def test_from_configuration_the_resnet_keeps_its_names():
     ],
 )
 def test_construction_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(**options)

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fpn_d2.errors import UserError
 from fpn_d2.modeling.level_assign import (
     CanonicalLevelAssigner,
     FinestLevelAssigner,
@@ -136,13 +137,13 @@ def test_order_of_images_and_empty_images():
 def test_not_finite_names_image_and_row(bad):
     boxes = torch.ones(4, 4)
     boxes[2, 1] = bad
-    with pytest.raises(ValueError, match=r"image 1 in the batch: row 2 is .*finite"):
+    with pytest.raises(UserError, match=r"image 1 in the batch: row 2 is .*finite"):
         check_finite([square(3.0), Boxes(boxes)])
 
 
 @pytest.mark.parametrize("arguments", [((),), ((3, 2),), ((2, 2),), (LEVELS, 0), (LEVELS, -5), (LEVELS, math.nan)])
 def test_construction_refuses(arguments):
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         CanonicalLevelAssigner(*arguments)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fpn_d2.errors import UserError
 from fpn_d2.modeling.necks import NASFPN
 from fpn_d2.modeling.necks.nasfpn import CELLS, attention, nasfpn_cells
 
@@ -153,5 +154,5 @@ def test_bottom_up_that_rounds_down():
     ],
 )
 def test_construction_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(**options)

@@ -21,6 +21,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import NECK_REGISTRY, Neck
 
 from .maps import randomise
@@ -171,7 +172,7 @@ def test_norms_and_gradients(name, norm):
         get_norm(norm, 32)
     except KeyError:
         if name != "SimpleFeaturePyramid":  # has an LN of its own
-            with pytest.raises(ValueError, match=f"NORM.*'{norm}'"):
+            with pytest.raises(UserError, match=f"NORM.*'{norm}'"):
                 build(name, NORM=norm)
             return
     backbone = build(name, NORM=norm).train()
@@ -301,5 +302,5 @@ def test_a_step_lowers_the_loss(name):
 
 @pytest.mark.parametrize("name", NECKS)
 def test_maps_that_are_not_there_are_refused(name):
-    with pytest.raises(ValueError, match=r"IN_FEATURES.*asks for res9.*res4 \(stride 16, 64 channels\)"):
+    with pytest.raises(UserError, match=r"IN_FEATURES.*asks for res9.*res4 \(stride 16, 64 channels\)"):
         build(name, IN_FEATURES=["res9"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import FPN
 from fpn_d2.modeling.necks import PAFPN
 
@@ -117,8 +118,8 @@ def test_bottom_up_that_rounds_down():
 
 
 def test_options_of_the_fpn_are_checked():
-    with pytest.raises(ValueError, match="UPSAMPLE.*'cubic'"):
+    with pytest.raises(UserError, match="UPSAMPLE.*'cubic'"):
         build(upsample="cubic")
-    with pytest.raises(ValueError, match="both False"):
+    with pytest.raises(UserError, match="both False"):
         build(top_down=False, lateral=False)
     assert build(upsample="deconv").fpn_upsample4.deconv.kernel_size == (2, 2)

@@ -9,6 +9,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torchvision.ops import roi_align
 
+from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import speed_up
 from fpn_d2.modeling import CanonicalLevelAssigner, PyramidROIPooler
 from tests.batches import random_boxes
@@ -156,18 +157,18 @@ def test_batch_without_images(levels):
 def test_not_finite_is_an_error_with_one_level_too(levels):
     lists = box_lists((2, 2))
     lists[1].tensor[1, 0] = math.nan
-    with pytest.raises(ValueError, match="image 1 .*row 1"):
+    with pytest.raises(UserError, match="image 1 .*row 1"):
         PyramidROIPooler(7, [0.5**k for k in levels], 0, "ROIAlignV2")(maps(levels), lists)
     careless = PyramidROIPooler(7, [0.5**k for k in levels], 0, "ROIAlignV2", lambda _: lambda boxes: None)
-    with pytest.raises(ValueError, match="image 1 .*row 1"):
+    with pytest.raises(UserError, match="image 1 .*row 1"):
         careless(maps(levels), lists)
 
 
 def test_wrong_number_of_maps_or_images():
     pooler = PyramidROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2")
-    with pytest.raises(ValueError, match="got 3 maps"):
+    with pytest.raises(UserError, match="got 3 maps"):
         pooler(maps((2, 3, 4)), box_lists())
-    with pytest.raises(ValueError, match="boxes of 1 images and maps of 2"):
+    with pytest.raises(UserError, match="boxes of 1 images and maps of 2"):
         pooler(maps((2, 3)), box_lists((4,)))
 
 
@@ -185,10 +186,10 @@ def test_wrong_number_of_maps_or_images():
     ],
 )
 def test_construction_refuses(arguments):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(UserError, match="expected"):
         PyramidROIPooler(*arguments, 0, "ROIAlignV2")
 
 
 def test_unknown_pooler_type():
-    with pytest.raises(ValueError, match="POOLER_TYPE is .ROIWarp.*expected one of ROIAlignV2, ROIAlign"):
+    with pytest.raises(UserError, match="POOLER_TYPE is .ROIWarp.*expected one of ROIAlignV2, ROIAlign"):
         PyramidROIPooler(7, [1 / 4], 0, "ROIWarp")

@@ -8,6 +8,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
 from detectron2.modeling.poolers import ROIPooler
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import FPNCascadeROIHeads, FPNROIHeads, PyramidROIPooler
 from tests.batches import random_batch, seed_everything
 
@@ -107,9 +108,9 @@ def test_box_head_of_rois_that_are_not_square(cascade):
 
 
 def test_output_size_that_no_head_can_take():
-    with pytest.raises(ValueError, match=r"expected \[height, width\]"):
+    with pytest.raises(UserError, match=r"expected \[height, width\]"):
         build("MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE", [5, 9, 3])
-    with pytest.raises(ValueError, match="NUM_FC"):
+    with pytest.raises(UserError, match="NUM_FC"):
         convs = ["MODEL.ROI_BOX_HEAD.NUM_FC", 0, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1]
         build("MODEL.ROI_BOX_HEAD.POOLER_OUTPUT_SIZE", [5, 9], *convs)
 
@@ -128,11 +129,11 @@ def test_output_size_that_no_head_can_take():
     ],
 )
 def test_construction_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(*options)
 
 
 def test_maps_of_different_channels_are_refused():
     shapes = SHAPES | {"p3": ShapeSpec(channels=8, stride=8)}
-    with pytest.raises(ValueError, match=r"\[16, 8, 16, 16\] channels"):
+    with pytest.raises(UserError, match=r"\[16, 8, 16, 16\] channels"):
         FPNROIHeads(config(), shapes)

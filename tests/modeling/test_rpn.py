@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import FPNRPN
 from tests.batches import random_batch, seed_everything
 
@@ -169,13 +170,13 @@ def test_inference_needs_no_storage_and_no_labels():
 
 @pytest.mark.parametrize("weights", [(1, 2), (1,) * 6])
 def test_another_number_of_weights(weights):
-    with pytest.raises(ValueError, match=rf"LEVEL_LOSS_WEIGHTS\) has {len(weights)} values; expected one .* 5 maps"):
+    with pytest.raises(UserError, match=rf"LEVEL_LOSS_WEIGHTS\) has {len(weights)} values; expected one .* 5 maps"):
         rpn(config(weights=weights))
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_weights_that_are_none(weight):
-    with pytest.raises(ValueError, match="LEVEL_LOSS_WEIGHTS.*at least 0"):
+    with pytest.raises(UserError, match="LEVEL_LOSS_WEIGHTS.*at least 0"):
         rpn(config(weights=[1, 1, weight, 1, 1]))
 
 

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import SimpleFeaturePyramid, build_neck
 from fpn_d2.modeling.necks.parts import ChannelLayerNorm, rescale_layers
 from tests.batches import random_batch
@@ -241,5 +242,5 @@ RESNET = {f"res{k}": ShapeSpec(channels=2**k, stride=2**k) for k in (2, 3, 4, 5)
     ],
 )
 def test_construction_refuses(shapes, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(Given(shapes), **options)

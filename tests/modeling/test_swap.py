@@ -271,7 +271,7 @@ def test_auto_that_cannot_be_told_names_the_keys(project, options, message):
 def test_maps_of_another_pathway_name_its_builder(name, builder):
     cfg = stock_config("build_fpn_backbone", [name])
     fpn_d2.add_fpn_d2_config(cfg)
-    with pytest.raises(ValueError, match=f"asks for {name}.*MODEL.FPN.BOTTOM_UP to its builder, .*{builder}"):
+    with pytest.raises(UserError, match=f"asks for {name}.*MODEL.FPN.BOTTOM_UP to its builder, .*{builder}"):
         build_backbone(cfg)
 
 

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import TimmBackbone, expected_preprocessing
 from fpn_d2.modeling.bottom_up import timm_backbone
 from fpn_d2.modeling.bottom_up.names import find_bottom_up
@@ -110,7 +111,7 @@ def test_what_the_model_declares_is_checked(monkeypatch, channels, stride):
             return [x, nn.functional.max_pool2d(x[:, [0, 1, 2, 0, 1, 2]], 2, ceil_mode=True)]
 
     monkeypatch.setattr(timm_backbone, "create_model", lambda *_, **__: Body())
-    with pytest.raises(ValueError, match="cannot be used at any size of image.*where .* was declared"):
+    with pytest.raises(UserError, match="cannot be used at any size of image.*where .* was declared"):
         TimmBackbone("resnet18", out_features=["res2", "res3"])
 
 
@@ -156,9 +157,9 @@ def test_builder_reads_every_key():
     assert backbone.body.conv1[0].out_channels == 16
     assert not backbone.body.layer1[0].conv1.weight.requires_grad and backbone.body.layer2[0].conv1.weight.requires_grad
     assert backbone.body.grad_checkpointing
-    with pytest.raises(ValueError, match="set MODEL.TIMM.NAME"):
+    with pytest.raises(UserError, match="set MODEL.TIMM.NAME"):
         from_config("MODEL.TIMM.NAME", "")
-    with pytest.raises(ValueError, match=r"MODEL.TIMM.OPTIONS is \['stem_width'\]; expected pairs"):
+    with pytest.raises(UserError, match=r"MODEL.TIMM.OPTIONS is \['stem_width'\]; expected pairs"):
         from_config("MODEL.TIMM.OPTIONS", ["stem_width"])
 
 
@@ -197,36 +198,36 @@ def test_weights_file_is_loaded_whatever_its_classes(tmp_path, kind, classes):
 )
 def test_weights_file_that_does_not_match_is_refused(tmp_path, change, message):
     path, _ = save(tmp_path, "pth", change)
-    with pytest.raises(ValueError, match=f"(?s)MODEL.TIMM.WEIGHTS.*{message}"):
+    with pytest.raises(UserError, match=f"(?s)MODEL.TIMM.WEIGHTS.*{message}"):
         build("mobilenetv4_conv_small", weights=path)
 
 
 def test_a_file_that_holds_no_weights_is_told(tmp_path):
     (tmp_path / "junk.pth").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="MODEL.TIMM.WEIGHTS .*junk.pth cannot be read as weights"):
+    with pytest.raises(UserError, match="MODEL.TIMM.WEIGHTS .*junk.pth cannot be read as weights"):
         build(weights=str(tmp_path / "junk.pth"))
 
 
 def test_checkpointing_that_loses_gradients_is_refused(monkeypatch):
     monkeypatch.setattr(timm.layers, "use_reentrant_ckpt", lambda: True)
-    with pytest.raises(ValueError, match="GRADIENT_CHECKPOINTING needs a timm that .*install a newer one"):
+    with pytest.raises(UserError, match="GRADIENT_CHECKPOINTING needs a timm that .*install a newer one"):
         build(gradient_checkpointing=True)
 
 
 def test_preprocessing_of_weights_is_insisted_on(tmp_path):
     path, _ = save(tmp_path, "pth")
     keys = ["MODEL.TIMM.NAME", "mobilenetv4_conv_small", "MODEL.TIMM.WEIGHTS", path]
-    with pytest.raises(ValueError, match="expect other images") as refusal:
+    with pytest.raises(UserError, match="expect other images") as refusal:
         from_config(*keys)
     lines = [line.split(": ") for line in str(refusal.value).splitlines() if ": " in line]
     assert [key for key, _ in lines] == ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
     right = [word for key, value in lines for word in (key, eval(value))]
     assert from_config(*keys, *right).output_shape()
     for i, wrong in ((1, "BGR"), (3, [123.675, 116.28, 100.0]), (5, [1.0, 1.0, 1.0])):
-        with pytest.raises(ValueError, match="expect other images"):
+        with pytest.raises(UserError, match="expect other images"):
             from_config(*keys, *right[:i], wrong, *right[i + 1 :])
     assert from_config(*keys, "MODEL.TIMM.PREPROCESSING", "ignore").output_shape()
-    with pytest.raises(ValueError, match="PREPROCESSING is 'skip'"):
+    with pytest.raises(UserError, match="PREPROCESSING is 'skip'"):
         from_config(*keys, "MODEL.TIMM.PREPROCESSING", "skip")
     assert from_config().output_shape()  # without weights any images will do
 
@@ -340,7 +341,7 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(name):
 def test_without_timm_one_sentence_says_what_to_install(monkeypatch, builder):
     monkeypatch.setitem(sys.modules, "timm", None)
     cfg = config("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"])
-    with pytest.raises(ImportError, match="needs timm, which is not installed: pip install timm$"):
+    with pytest.raises(UserError, match="needs timm, which is not installed: pip install timm$"):
         find_bottom_up(builder)(cfg, ShapeSpec(channels=3))
 
 

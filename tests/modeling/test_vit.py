@@ -11,6 +11,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from torch import nn
 
 from fpn_d2 import add_fpn_d2_config
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import ViTBackbone
 
 timm = pytest.importorskip("timm")
@@ -204,5 +205,5 @@ def test_builder_reads_every_key():
 )
 def test_construction_refuses(name, options, message):
     shape = SMALL if "vit" in name else {}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         ViTBackbone(name, options=shape | ({"img_size": 56} if "14" in name else {}), **options)

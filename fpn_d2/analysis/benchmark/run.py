@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fpn_d2
 from fpn_d2.config_names import own_folder
 from fpn_d2.engine import UserError
-from fpn_d2.files import write_atomically
+from fpn_d2.files import writable_folder, write_atomically
 from fpn_d2.huge_pages import HUGE_PAGES
 from fpn_d2.native.build import find_compiler
 
@@ -90,8 +90,7 @@ def run_benchmarks(
         if value < least:
             raise UserError(f"{name} is {value}; expected at least {least}")
     chosen = choose_rows(rows)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(output)
     measure = measure or _InChild(folder)
     results = {}
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from fpn_d2.engine import UserError
+from fpn_d2.files import writable_folder
 
 from .. import parity
 from ..engines.run import check_names
@@ -134,8 +135,7 @@ def run_compare(a: str, b: str, plan: Plan = Plan(), command: str = "", progress
         raise UserError(f"MODEL.DEVICE of A is {devices['A']}, that of B {devices['B']}: name one with --device")
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    output = Path(plan.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = writable_folder(plan.output)
     with tqdm(total=_steps(plan), unit="step", disable=None if progress is None else not progress) as bar:
         bar.set_description("building")
         pair = build_pair(tuple(configs), plan.weights)

@@ -9,6 +9,7 @@ from detectron2.structures import BoxMode
 
 from fpn_d2.analysis.errors.detections import Objects, Scored
 from fpn_d2.engine import load_config
+from fpn_d2.engine.checks import check_data_files
 from fpn_d2.errors import UserError
 from fpn_d2.files import write_atomically
 
@@ -29,6 +30,7 @@ def examine(config: str, opts: list[str]) -> tuple[CfgNode, list[Advice]]:
     cfg = load_config(config, opts)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"{config} names nothing to train on: set DATASETS.TRAIN")
+    check_data_files(cfg, train=True)
     data = training_set(cfg)
     return cfg, [*advise(cfg, data), *memory_advice(cfg, data)]
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from fpn_d2.analysis.level_rule import Rule
 from fpn_d2.data.image_loading import read_image
-from fpn_d2.files import write_atomically
+from fpn_d2.errors import UserError
+from fpn_d2.files import writable_folder, write_atomically
 from fpn_d2.inference.drawing import draw, write
 
 from .detections import Scored, read
@@ -92,8 +93,16 @@ def report_errors(
         t_b: IoU up to which a detection overlaps nothing.
         min_score: detections with a lower score are left out of the confusion matrix.
         rule: for figures by level.
+
+    Raises:
+        UserError: a file cannot be read, there are no objects, or an IoU is none.
     """
-    return report_scored(read(annotations, predictions), t_f=t_f, t_b=t_b, min_score=min_score, rule=rule)
+    if not 0 < t_b < t_f <= 1:
+        raise UserError(f"the IoU of a right detection is {t_f}; expected more than {t_b} and at most 1")
+    scored = read(annotations, predictions)
+    if not len(scored.truth):
+        raise UserError(f"{annotations} has no objects, so that no AP can be lost")
+    return report_scored(scored, t_f=t_f, t_b=t_b, min_score=min_score, rule=rule)
 
 
 def report_scored(
@@ -175,7 +184,7 @@ def write_report(report: Report, folder: str, images: str | None = None, gallery
     Returns:
         The files.
     """
-    os.makedirs(folder, exist_ok=True)
+    writable_folder(folder)
     paths = [os.path.join(folder, name) for name in ("errors.json", "errors.md", "errors.png")]
     write_atomically(paths[0], json.dumps(report.figures(), indent=1) + "\n")
     write_atomically(paths[1], report.table() + "\n")

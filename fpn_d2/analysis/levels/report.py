@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from fpn_d2.analysis.errors.detections import Objects, Scored, take
 from fpn_d2.analysis.errors.tide import average_precision, match, overlaps
 from fpn_d2.analysis.level_rule import Rule
-from fpn_d2.files import write_atomically
+from fpn_d2.files import writable_folder, write_atomically
 
 _IOUS = np.linspace(0.5, 0.95, 10)
 SIZES = (("small", 0.0, 32.0**2), ("medium", 32.0**2, 96.0**2), ("large", 96.0**2, np.inf))  # COCO's
@@ -184,7 +184,7 @@ def _legend_below(axes) -> None:
 
 def write_report(report: Report, folder: str) -> list[str]:
     """Write ``levels.json``, ``levels.md`` and ``levels.png`` into a folder; returns the files."""
-    os.makedirs(folder, exist_ok=True)
+    writable_folder(folder)
     paths = [os.path.join(folder, name) for name in ("levels.json", "levels.md", "levels.png")]
     content = {"rows": report.rows, "others": report.others, "levels": list(report.rule.levels)}
     write_atomically(paths[0], json.dumps(content, indent=1) + "\n")

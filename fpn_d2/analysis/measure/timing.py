@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from fpn_d2.errors import UserError
+
 Call = Callable[[], object]
 # Runs a call and returns the seconds that it took.
 Stopwatch = Callable[[Call], float]
@@ -78,10 +80,10 @@ def paired(
         Seconds of each round, by name.
 
     Raises:
-        ValueError: there is nothing to call, or no round, or a negative number of warm-up rounds.
+        UserError: there is nothing to call, or no round, or a negative number of warm-up rounds.
     """
     if not calls or rounds < 1 or warmup < 0:
-        raise ValueError(
+        raise UserError(
             f"got {len(calls)} calls, {rounds} rounds, {warmup} warm-up rounds; expected at least 1, 1 and 0 of them"
         )
     measure = measure or stopwatch(clock, sync)

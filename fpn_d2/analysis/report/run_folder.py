@@ -155,7 +155,7 @@ def _detections(run: Run, annotations: str | None, images: str | None) -> None:
     run.scored = read(str(locate(annotations, f"the annotations of {run.dataset or 'the test set'}")), path)
     try:
         run.images = str(locate(images, f"the images of {run.dataset or 'the test set'}", folder=True))
-    except FileNotFoundError as error:
+    except UserError as error:
         run.missing["images"] = one_line(error)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -17,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpn_d2.engine import UserError
+from fpn_d2.engine.device import known_device
 from fpn_d2.fast.apply import make_fast
-from fpn_d2.files import write_atomically
+from fpn_d2.files import writable_folder, write_atomically
 from fpn_d2.modeling.necks import build_neck
 from fpn_d2.modeling.poolers import build_pooler
 
@@ -90,14 +90,15 @@ def measure_curves(
     unknown = [name for name in curves or () if name not in known]
     if unknown:
         raise UserError(f"there is no curve {unknown[0]!r}; there are {', '.join(known)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    where = known_device(device, "the device")
+    if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"the device {device} was asked for, but there is no GPU that PyTorch can use: take cpu")
-    where = torch.device(device)
     asked_for = [known[name] for name in curves or known]
     chosen = [curve for curve in asked_for if largest is None or min(curve.values) <= largest]
     if not chosen:
         least = min(min(curve.values) for curve in asked_for)
         raise UserError(f"no point of these curves is at most {largest}: the least is {least}")
+    folder = writable_folder(output)
     work = [(curve, value) for curve in chosen for value in curve.values if largest is None or value <= largest]
     points: dict[str, list[dict]] = {curve.name: [] for curve in chosen}
     with tqdm(work, unit="point", disable=None if progress is None else not progress) as bar:
@@ -114,8 +115,6 @@ def measure_curves(
         for curve in chosen
     }
     result = plain({"environment": environment(where), "rounds": rounds, "curves": found})
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(str(folder / "cost_curves.json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomically(str(folder / "cost_curves.svg"), draw(result["curves"]))
     return result

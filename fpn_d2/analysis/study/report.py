@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fpn_d2.errors import UserError
 from fpn_d2.files import write_atomically
 
 # The variant to which others are compared seed by seed: the seeds' scenes are the same for both.
@@ -28,11 +29,11 @@ def write_report(
         The path of the table.
 
     Raises:
-        ValueError: not one run has a result.
+        UserError: not one run has a result.
     """
     rows = summarise(folder, variants, seeds, reference, settings)
     if not rows:
-        raise ValueError(f"no run in {folder / 'runs'} has a result; see the console.txt of each")
+        raise UserError(f"no run in {folder / 'runs'} has a result; see the console.txt of each")
     text = json.dumps({"seeds": list(seeds), "reference": reference, "variants": _without_nan(rows)}, indent=1)
     write_atomically(str(folder / "results.json"), text + "\n")
     table = folder / "table.md"

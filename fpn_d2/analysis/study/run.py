@@ -26,6 +26,8 @@ from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.config_files import merge_config_file
 from fpn_d2.config_names import own_folder
 from fpn_d2.data.scenes import make_scenes
+from fpn_d2.errors import UserError
+from fpn_d2.files import writable_folder
 
 from ..measure.child import child_environment
 from .report import COMPARED_WITH, write_report
@@ -46,11 +48,11 @@ def variants_in(configs: str | os.PathLike) -> dict[str, Path]:
     """The variants of a study: the YAML files of a folder by their names.
 
     Raises:
-        FileNotFoundError: the folder does not exist or holds none.
+        UserError: the folder does not exist or holds none.
     """
     found = {path.stem: path for path in sorted(Path(configs).glob("*.yaml"))}
     if not found:
-        raise FileNotFoundError(f"no YAML files in {configs}; give a folder with some, with --configs")
+        raise UserError(f"no YAML files in {configs}; give a folder with some, with --configs")
     names = [name for name in ORDER if name in found]
     return {name: found[name] for name in [*names, *(name for name in found if name not in names)]}
 
@@ -89,20 +91,20 @@ def run_study(
         The path of the table.
 
     Raises:
-        ValueError: a variant, seed or number makes no sense, or the folder holds runs with other settings.
-        ChildProcessError: runs have failed; the others have finished and are in the table.
+        UserError: a variant, seed or number makes no sense, the folder holds runs with other settings, or runs have
+            failed; the others have finished and are in the table.
     """
-    folder = Path(folder).expanduser()
+    folder = writable_folder(folder)
     available = variants_in(configs)
     names = list(variants or available)
     unknown = [name for name in names if name not in available]
     if unknown:
-        raise ValueError(f"no variant {', '.join(unknown)} in {configs}; there are {', '.join(available)}")
+        raise UserError(f"no variant {', '.join(unknown)} in {configs}; there are {', '.join(available)}")
     if not seeds or len(set(seeds)) < len(seeds) or len(set(names)) < len(names):
-        raise ValueError(f"seeds are {list(seeds)} and variants {names}; expected at least one, each once")
+        raise UserError(f"seeds are {list(seeds)} and variants {names}; expected at least one, each once")
     for what, value, low in (("iterations", iterations, 1), ("jobs", jobs, 1), ("time_pairs", time_pairs, 0)):
         if value is not None and value < low:
-            raise ValueError(f"{what} is {value}; expected at least {low}")
+            raise UserError(f"{what} is {value}; expected at least {low}")
     opts = [*map(str, opts), *(["SOLVER.MAX_ITER", str(iterations)] if iterations else [])]
     scenes = SCENES | {"train": train_scenes, "val": val_scenes}
     settings = {
@@ -150,7 +152,7 @@ def run_study(
         failed += _do(tasks, 1, "Comparing times")
     table = write_report(folder, names, seeds, REFERENCE, settings)
     if failed:
-        raise ChildProcessError(
+        raise UserError(
             f"{len(failed)} of the runs failed, see {', '.join(failed)}; start again to repeat them"
         )
     return table
@@ -160,16 +162,16 @@ def changed_keys(config: Path, opts: Sequence[str]) -> dict[str, object]:
     """What a config and options change of the defaults, in dotted form, but for where files are.
 
     Raises:
-        ValueError: a key does not exist, or a value has the wrong type.
+        UserError: a key does not exist, or a value has the wrong type.
     """
     if len(opts) % 2:
-        raise ValueError(f"options are pairs of key and value, but {opts[-1]!r} is left without a partner")
+        raise UserError(f"options are pairs of key and value, but {opts[-1]!r} is left without a partner")
     cfg, defaults = _defaults(), _flat(_defaults())
     try:
         merge_config_file(cfg, str(config))
         cfg.merge_from_list(list(opts))
     except (KeyError, AssertionError) as error:
-        raise ValueError(f"{config} with {' '.join(opts) or 'no options'}: {error}") from None
+        raise UserError(f"{config} with {' '.join(opts) or 'no options'}: {error}") from None
     # Through JSON, in which they are kept: tuples become lists.
     changed = {k: v for k, v in _flat(cfg).items() if v != defaults[k] and k not in _PLACES}
     return json.loads(json.dumps(changed))
@@ -236,7 +238,7 @@ def _is_done(task: dict) -> bool:
     """Whether the result is there.
 
     Raises:
-        ValueError: it is there, but of a run with other settings.
+        UserError: it is there, but of a run with other settings.
     """
     path = Path(task["result"])
     if not path.exists():
@@ -244,7 +246,7 @@ def _is_done(task: dict) -> bool:
     found = json.loads(path.read_text())["settings"]
     if found == task["settings"]:
         return True
-    raise ValueError(
+    raise UserError(
         f"{path} is of a run with other settings ({_difference(found, task['settings'])}); choose another --output, "
         "or delete that file to have the run repeated"
     )

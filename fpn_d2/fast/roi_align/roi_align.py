@@ -12,6 +12,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from fpn_d2.errors import UserError
+
 from . import compiled_roi_align as compiled
 from .torch_roi_align import torch_roi_align
 
@@ -57,7 +59,7 @@ def pyramid_roi_align(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, on a CPU also: an index is out of range.
-        RuntimeError: the implementation asked for does not run here.
+        UserError: the implementation asked for is none, or does not run here.
     """
     arguments = (maps, rois, level_indices, scales, output_size, sampling_ratio, aligned)
     if torch.jit.is_tracing() or _is_exporting():
@@ -87,14 +89,13 @@ def choose(implementation: str, maps: Sequence[Tensor]) -> str:
     """Return the implementation that "auto" means for these maps, or check that the one asked for runs on them.
 
     Raises:
-        ValueError: there is none of that name.
-        RuntimeError: it does not run here.
+        UserError: there is none of that name, or it does not run here.
     """
     source = "implementation"
     if implementation == "auto":
         implementation, source = os.environ.get(VARIABLE, "auto"), VARIABLE
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{source} is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"{source} is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     device = maps[0].device.type
     if implementation == "auto":
         if maps[0].dtype not in compiled.DTYPES:
@@ -104,10 +105,10 @@ def choose(implementation: str, maps: Sequence[Tensor]) -> str:
         return "torchvision"
     if implementation == "compiled" and (device != "cpu" or compiled.library() is None):
         why = f"the maps are on {device}" if device != "cpu" else "it could not be built, see the log"
-        raise RuntimeError(f"{source} is 'compiled', which runs on a CPU with a C++ compiler: {why}")
+        raise UserError(f"{source} is 'compiled', which runs on a CPU with a C++ compiler: {why}")
     if implementation == "triton" and not _triton_fits(maps):
         why = "Triton cannot be imported" if _triton() is None else f"got {len(maps)} maps on {device}"
-        raise RuntimeError(f"{source} is 'triton', which pools from up to 6 maps on a GPU: {why}")
+        raise UserError(f"{source} is 'triton', which pools from up to 6 maps on a GPU: {why}")
     return implementation
 
 

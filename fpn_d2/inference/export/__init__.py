@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fpn_d2.errors import UserError
+from fpn_d2.files import writable_folder
 
 from ..predictor import Predictor
 from .graph import DetectorGraph, graph_of
@@ -67,9 +68,8 @@ def export_detector(predictor: Predictor, output: str | Path, to: str = "onnx") 
     from .openvino_file import read_for_openvino, write_openvino
     from .pt2_file import write_aoti, write_pt2
 
+    folder = writable_folder(output)
     graph = graph_of(predictor.model, nms_mask_as_one if to in ("onnx", "openvino") else nms_mask)
-    folder = Path(output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     about = metadata(predictor) | {"outputs": list(graph.detections)}
     exported = Exported(to, folder / FORMATS[to], folder / f"{to}_runner.py")
     exported._folder = tempfile.TemporaryDirectory()

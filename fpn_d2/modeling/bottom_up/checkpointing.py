@@ -6,6 +6,8 @@ from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fpn_d2.errors import UserError
+
 KEY = "MODEL.BACKBONE.GRADIENT_CHECKPOINTING"
 
 
@@ -33,7 +35,7 @@ def checkpoint_stages(bottom_up: nn.Module) -> None:
         bottom_up: a ResNet, RegNet, or another whose stages run blocks (``CNNBlockBase``) one after the other.
 
     Raises:
-        ValueError: it has no such stages.
+        UserError: it has no such stages.
     """
     stages = {}
     for name, child in list(bottom_up.named_children()):
@@ -45,7 +47,7 @@ def checkpoint_stages(bottom_up: nn.Module) -> None:
             setattr(bottom_up, name, stage)
             stages[child] = stage
     if not stages:
-        raise ValueError(
+        raise UserError(
             f"{KEY} is True, but {type(bottom_up).__name__} has no stages of Detectron2's blocks to recompute; set it "
             "to False"
         )

@@ -10,6 +10,8 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import Tensor
 
+from fpn_d2.errors import UserError
+
 from .names import register_bottom_up
 from .timm_weights import pairs_to_options
 
@@ -40,12 +42,12 @@ def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RegNetBackbon
     """Build the RegNet of ``cfg.MODEL.REGNET``.
 
     Raises:
-        ValueError: it has fewer stages than OUT_FEATURES asks for, or images do not have 3 channels.
+        UserError: it has fewer stages than OUT_FEATURES asks for, or images do not have 3 channels.
     """
     keys = cfg.MODEL.REGNET
     stages = {"res2": "s1", "res3": "s2", "res4": "s3", "res5": "s4"}
     if input_shape.channels != 3 or not keys.OUT_FEATURES or not set(keys.OUT_FEATURES) <= set(stages):
-        raise ValueError(
+        raise UserError(
             f"MODEL.REGNET.OUT_FEATURES is {keys.OUT_FEATURES}, for images of {input_shape.channels} channels; "
             "expected some of res2, res3, res4, res5, and 3 channels"
         )
@@ -65,14 +67,14 @@ def build_regnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RegNetBackbon
             out_features=[stages[name] for name in sorted(keys.OUT_FEATURES)],
         )
     except AssertionError as error:
-        raise ValueError(f"there is no RegNet of MODEL.REGNET {dict(keys)}: {error}") from None
+        raise UserError(f"there is no RegNet of MODEL.REGNET {dict(keys)}: {error}") from None
 
 
 def _build_from_main(class_name: str, cfg: CfgNode, **options) -> Backbone:
     """Build the class that only Detectron2's main branch has, with ``MODEL.BOTTOM_UP.OPTIONS``."""
     original = getattr(detectron2_backbones, class_name, None)
     if original is None:
-        raise ValueError(
+        raise UserError(
             f"{cfg.MODEL.FPN.BOTTOM_UP} needs the {class_name} of Detectron2's main branch, which this one "
             "lacks; build_timm_backbone and build_vit_backbone have such models of timm's"
         )
@@ -84,12 +86,12 @@ def _build_from_main(class_name: str, cfg: CfgNode, **options) -> Backbone:
     try:
         return named(**(options | asked))
     except TypeError as error:
-        raise ValueError(f"MODEL.BOTTOM_UP.OPTIONS {asked} do not fit Detectron2's {class_name}: {error}") from None
+        raise UserError(f"MODEL.BOTTOM_UP.OPTIONS {asked} do not fit Detectron2's {class_name}: {error}") from None
 
 
 def _refuse_freezing(cfg: CfgNode, class_name: str) -> None:
     if cfg.MODEL.BACKBONE.FREEZE_AT:
-        raise ValueError(
+        raise UserError(
             f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, but Detectron2's {class_name} cannot be "
             "frozen by stages; set it to 0"
         )
@@ -100,7 +102,7 @@ def build_d2_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build the Swin transformer of Detectron2's main branch; FREEZE_AT counts as its own frozen_stages.
 
     Raises:
-        ValueError: this Detectron2 has none, or an option does not fit.
+        UserError: this Detectron2 has none, or an option does not fit.
     """
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT or -1
     return _build_from_main("SwinTransformer", cfg, in_chans=input_shape.channels, frozen_stages=frozen)
@@ -111,7 +113,7 @@ def build_d2_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build the MViTv2 of Detectron2's main branch.
 
     Raises:
-        ValueError: this Detectron2 has none, an option does not fit, or it is to be frozen.
+        UserError: this Detectron2 has none, an option does not fit, or it is to be frozen.
     """
     _refuse_freezing(cfg, "MViT")
     return _build_from_main("MViT", cfg, in_chans=input_shape.channels)
@@ -122,7 +124,7 @@ def build_d2_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build the plain ViT of Detectron2's main branch, ViTDet's with windows.
 
     Raises:
-        ValueError: this Detectron2 has none, an option does not fit, or it is to be frozen.
+        UserError: this Detectron2 has none, an option does not fit, or it is to be frozen.
     """
     _refuse_freezing(cfg, "ViT")
     return _build_from_main("ViT", cfg, in_chans=input_shape.channels)

@@ -12,6 +12,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .names import register_bottom_up
 from .timm_weights import require_timm
 
@@ -39,12 +41,12 @@ class TransformerStage(nn.Module):
     ):
         super().__init__()
         if channels % 4 or channels % num_heads:
-            raise ValueError(
+            raise UserError(
                 f"channels (MODEL.HYBRID.CHANNELS) is {channels}; expected a multiple of 4 and of num_heads "
                 f"(MODEL.HYBRID.NUM_HEADS), which is {num_heads}"
             )
         if depth < 1:
-            raise ValueError(f"depth (MODEL.HYBRID.DEPTH) is {depth}; expected at least one block")
+            raise UserError(f"depth (MODEL.HYBRID.DEPTH) is {depth}; expected at least one block")
         require_timm()
         from timm.models.vision_transformer import Block
 
@@ -100,10 +102,10 @@ class HybridResNetViT(ResNet):
             freeze_at: 5 or more freezes ``res5``; the ResNet has been frozen when it was made.
 
         Raises:
-            ValueError: ``out_features`` has no res5.
+            UserError: ``out_features`` has no res5.
         """
         if "res5" not in out_features:
-            raise ValueError(
+            raise UserError(
                 f"out_features (MODEL.RESNETS.OUT_FEATURES) is {list(out_features)}, without the res5 that the "
                 "transformer blocks make; add it, or use build_resnet_backbone"
             )
@@ -134,7 +136,7 @@ def build_hybrid_resnet_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Hy
     """Build the ResNet of ``cfg.MODEL.RESNETS`` with the C5 of ``cfg.MODEL.HYBRID``.
 
     Raises:
-        ValueError: MODEL.RESNETS.OUT_FEATURES lacks res5, or the blocks cannot have the sizes asked for.
+        UserError: MODEL.RESNETS.OUT_FEATURES lacks res5, or the blocks cannot have the sizes asked for.
     """
     upto_c4 = cfg.clone()
     upto_c4.defrost()

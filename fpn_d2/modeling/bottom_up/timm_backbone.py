@@ -15,6 +15,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from ..sizes import cut_to_stride, pad_to_multiple
 from .names import register_bottom_up
 from .timm_weights import check_name, create_model, timm_arguments, weight_source
@@ -67,20 +69,18 @@ class TimmBackbone(Backbone):
             options: more arguments of ``timm.create_model`` for this model.
 
         Raises:
-            ValueError: timm has no such model, it lacks the maps or takes no small images, or an option has no such
-                value.
-            FileNotFoundError: ``weights`` does not exist.
-            ImportError: timm is not installed.
+            UserError: timm has no such model, it lacks the maps or takes no small images, or an option has no such
+                value; ``weights`` does not exist, or timm is not installed.
         """
         super().__init__()
         check_name(name)
         if norm not in NORMS:
-            raise ValueError(f"norm (MODEL.TIMM.NORM) is {norm!r}; expected an empty string, FrozenBN or SyncBN")
+            raise UserError(f"norm (MODEL.TIMM.NORM) is {norm!r}; expected an empty string, FrozenBN or SyncBN")
         options = (options or {}) | {"in_chans": in_channels} | ({"drop_path_rate": drop_path} if drop_path else {})
         probe = _Probe(name, options)
         missing = [feature for feature in out_features if feature not in probe.indices]
         if missing or not out_features:
-            raise ValueError(
+            raise UserError(
                 f"out_features (MODEL.TIMM.OUT_FEATURES) asks for {', '.join(missing) or 'nothing'}; timm's {name} "
                 f"gives {probe.available()}"
                 + ("; a plain ViT is for build_vit_backbone" if len(probe.indices) == 1 else "")
@@ -156,7 +156,7 @@ class _Probe:
                 else:
                     self._name_maps()
                     return
-        raise ValueError(
+        raise UserError(
             f"timm's {name} cannot be used at any size of image ({reason}); it declares strides {self.strides} with "
             f"channels {self.channels}"
         ) from reason
@@ -197,10 +197,10 @@ class _Probe:
         A stage is what leads to a map and not to any finer one: found by asking autograd, not by name.
 
         Raises:
-            ValueError: ``freeze_at`` is negative, or the model is not a chain of such stages.
+            UserError: ``freeze_at`` is negative, or the model is not a chain of such stages.
         """
         if freeze_at < 0:
-            raise ValueError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) is {freeze_at}; expected 0 or more")
+            raise UserError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) is {freeze_at}; expected 0 or more")
         if freeze_at == 0:
             return set()
         parameters = dict(self.body.named_parameters())
@@ -213,14 +213,14 @@ class _Probe:
             leads_to.append({name for name, grad in zip(parameters, gradients, strict=True) if grad is not None})
         stages = [found for name, found in zip(self.indices, leads_to, strict=True) if int(name[3:]) <= freeze_at]
         if freeze_at > 1 and any(not finer <= coarser for finer, coarser in zip(leads_to, leads_to[1:], strict=False)):
-            raise ValueError(
+            raise UserError(
                 f"freeze_at (MODEL.BACKBONE.FREEZE_AT) is {freeze_at}, but the maps of this model come from parallel "
                 "branches, not from stages one after the other; set it to 0 or 1"
             )
         # Below the first map there is no more than the stem.
         frozen = stages[-1] if stages else {name for name in leads_to[0] if STEM.match(name)}
         if not frozen:
-            raise ValueError(
+            raise UserError(
                 f"freeze_at (MODEL.BACKBONE.FREEZE_AT) is {freeze_at}, but it cannot be told which layers of this "
                 f"model are its stem; set it to 0, or to {next(iter(self.indices))[3:]} or more"
             )
@@ -233,7 +233,7 @@ def _convert_norms(body: nn.Module, norm: str, name: str) -> nn.Module:
     from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 
     if not any(isinstance(module, nn.BatchNorm2d) for module in body.modules()):
-        raise ValueError(f"norm (MODEL.TIMM.NORM) is {norm!r}, but timm's {name} has no batch norm; leave it empty")
+        raise UserError(f"norm (MODEL.TIMM.NORM) is {norm!r}, but timm's {name} has no batch norm; leave it empty")
     return freeze_batch_norm_2d(body) if norm == "FrozenBN" else convert_sync_batchnorm(body)
 
 
@@ -256,19 +256,19 @@ def turn_on_checkpointing(model: nn.Module, name: str) -> None:
     """Let the timm model ``name`` recompute its maps in the backward pass.
 
     Raises:
-        ValueError: it cannot.
+        UserError: it cannot.
     """
     reentrant = getattr(importlib.import_module("timm.layers"), "use_reentrant_ckpt", None)
     if reentrant is None or reentrant():
         # Of that kind, nothing behind a frozen part gets a gradient.
-        raise ValueError(
+        raise UserError(
             "MODEL.BACKBONE.GRADIENT_CHECKPOINTING needs a timm that checkpoints without re-entering autograd: install "
             "a newer one, or set the key to False"
         )
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"timm's {name} cannot do MODEL.BACKBONE.GRADIENT_CHECKPOINTING ({error}); set it to False"
         ) from None
 
@@ -278,7 +278,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build the timm model ``cfg.MODEL.TIMM.NAME``.
 
     Raises:
-        ValueError: it cannot be had as the configuration asks, or its weights expect other images.
+        UserError: it cannot be had as the configuration asks, or its weights expect other images.
     """
     return TimmBackbone(
         out_features=cfg.MODEL.TIMM.OUT_FEATURES,

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from fpn_d2.checkpoint.reading import read_weights
+from fpn_d2.errors import UserError
 
 PREPROCESSING = ("refuse", "ignore")
 
@@ -17,21 +18,21 @@ def require_timm() -> ModuleType:
     """Import timm.
 
     Raises:
-        ImportError: it is not installed; the message says what to do.
+        UserError: it is not installed; the message says what to do.
     """
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
-        raise ImportError("this bottom-up pathway needs timm, which is not installed: pip install timm") from None
+        raise UserError("this bottom-up pathway needs timm, which is not installed: pip install timm") from None
 
 
 def check_name(name: str) -> None:
     """Look up ``name``, which may carry a tag of its weights as in ``resnet50.a1_in1k``.
 
     Raises:
-        ValueError: timm has no such model, or no such tag of it; the message names the closest ones.
+        UserError: timm has no such model, or no such tag of it; the message names the closest ones.
     """
     timm = require_timm()
     model, _, tag = name.partition(".")
@@ -40,17 +41,17 @@ def check_name(name: str) -> None:
         longer = [other for other in known if model and other.startswith(model)]
         close = longer[:3] or difflib.get_close_matches(model, known, n=3, cutoff=0.5)
         advice = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all, e.g. resnet50"
-        raise ValueError(f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not have; {advice}")
+        raise UserError(f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not have; {advice}")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
     if tag and tag not in tags:
-        raise ValueError(f"MODEL.TIMM.NAME is {name!r}; timm's {model} has the weights {', '.join(tags) or 'none'}")
+        raise UserError(f"MODEL.TIMM.NAME is {name!r}; timm's {model} has the weights {', '.join(tags) or 'none'}")
 
 
 def create_model(name: str, options: dict, **more) -> nn.Module:
     """Call ``timm.create_model``.
 
     Raises:
-        ValueError: the model cannot be made so, because it has no feature maps or knows no such option.
+        UserError: the model cannot be made so, because it has no feature maps or knows no such option.
     """
     try:
         return require_timm().create_model(name, **(options | more))
@@ -58,7 +59,7 @@ def create_model(name: str, options: dict, **more) -> nn.Module:
         asked = ", ".join(
             f"{key}={value!r}" for key, value in (options | more).items() if key != "pretrained_cfg_overlay"
         )
-        raise ValueError(
+        raise UserError(
             f"timm cannot make {name} with {asked} ({type(error).__name__}: {error}); choose another MODEL.TIMM.NAME, "
             "or other MODEL.TIMM.OPTIONS"
         ) from error
@@ -77,15 +78,14 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
         weights: a file in timm's format for this model, .safetensors or .pth; empty: none.
 
     Raises:
-        ValueError: both are asked for, or the file does not fit the model.
-        FileNotFoundError: there is no such file.
+        UserError: both are asked for, there is no such file, or it does not fit the model.
     """
     if not weights:
         return {"pretrained": pretrained}
     if pretrained:
-        raise ValueError("MODEL.TIMM.PRETRAINED is True and MODEL.TIMM.WEIGHTS is a file; set only one of them")
+        raise UserError("MODEL.TIMM.PRETRAINED is True and MODEL.TIMM.WEIGHTS is a file; set only one of them")
     if not os.path.isfile(weights):
-        raise FileNotFoundError(f"MODEL.TIMM.WEIGHTS is {weights!r}, but there is no such file")
+        raise UserError(f"MODEL.TIMM.WEIGHTS is {weights!r}, but there is no such file")
     require_timm()
     from timm.models import load_state_dict
 
@@ -93,7 +93,7 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
         read_weights(weights)  # first: timm's own reader may, in some of its versions, run what a file holds
         state = load_state_dict(weights)
     except Exception as error:  # whatever torch, safetensors or pickle say of bytes that are something else
-        raise ValueError(f"MODEL.TIMM.WEIGHTS {weights} cannot be read as weights: {error}") from error
+        raise UserError(f"MODEL.TIMM.WEIGHTS {weights} cannot be read as weights: {error}") from error
     classifier = pretrained_cfg(name).classifier or ()
     heads = [classifier] if isinstance(classifier, str) else list(classifier)
     sizes = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]
@@ -103,7 +103,7 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
     try:
         require_timm().create_model(name, **(options | whole))
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"MODEL.TIMM.WEIGHTS {weights} does not fit timm's {name}: {error}") from error
+        raise UserError(f"MODEL.TIMM.WEIGHTS {weights} does not fit timm's {name}: {error}") from error
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
@@ -111,7 +111,7 @@ def pretrained_cfg(name: str):
     """Return timm's description of the weights of ``name``: mean, std, input size, classifier.
 
     Raises:
-        ValueError: timm has none.
+        UserError: timm has none.
     """
     require_timm()
     from timm.models import get_pretrained_cfg
@@ -119,7 +119,7 @@ def pretrained_cfg(name: str):
     check_name(name)
     found = get_pretrained_cfg(name)
     if found is None:
-        raise ValueError(f"timm says nothing about the weights of {name}; set MODEL.TIMM.PREPROCESSING to ignore")
+        raise UserError(f"timm says nothing about the weights of {name}; set MODEL.TIMM.PREPROCESSING to ignore")
     return found
 
 
@@ -136,17 +136,17 @@ def check_preprocessing(cfg: CfgNode) -> None:
     """Compare ``cfg`` with what the weights expect that MODEL.TIMM.PRETRAINED or MODEL.TIMM.WEIGHTS ask for.
 
     Raises:
-        ValueError: they differ; the message has the three lines to put into the configuration.
+        UserError: they differ; the message has the three lines to put into the configuration.
     """
     keys = cfg.MODEL.TIMM
     if keys.PREPROCESSING not in PREPROCESSING:
-        raise ValueError(f"MODEL.TIMM.PREPROCESSING is {keys.PREPROCESSING!r}; expected refuse or ignore")
+        raise UserError(f"MODEL.TIMM.PREPROCESSING is {keys.PREPROCESSING!r}; expected refuse or ignore")
     if keys.PREPROCESSING == "ignore" or not (keys.PRETRAINED or keys.WEIGHTS):
         return
     image_format, mean, std = expected_preprocessing(keys.NAME)
     pairs = [*zip(cfg.MODEL.PIXEL_MEAN, mean, strict=False), *zip(cfg.MODEL.PIXEL_STD, std, strict=False)]
     if cfg.INPUT.FORMAT != image_format or any(abs(a - b) > 0.05 for a, b in pairs):
-        raise ValueError(
+        raise UserError(
             f"the weights of timm's {keys.NAME} expect other images than the configuration makes; put\n"
             f'INPUT.FORMAT: "{image_format}"\nMODEL.PIXEL_MEAN: {mean}\nMODEL.PIXEL_STD: {std}\n'
             "there, or set MODEL.TIMM.PREPROCESSING to ignore"
@@ -157,11 +157,11 @@ def timm_arguments(cfg: CfgNode) -> dict:
     """Read the keys of ``cfg.MODEL.TIMM`` that every pathway through timm has.
 
     Raises:
-        ValueError: no model is named, or the images are not as its weights expect them.
+        UserError: no model is named, or the images are not as its weights expect them.
     """
     keys = cfg.MODEL.TIMM
     if not keys.NAME:
-        raise ValueError(f"{cfg.MODEL.FPN.BOTTOM_UP} needs a timm model: set MODEL.TIMM.NAME, e.g. to resnet50")
+        raise UserError(f"{cfg.MODEL.FPN.BOTTOM_UP} needs a timm model: set MODEL.TIMM.NAME, e.g. to resnet50")
     check_preprocessing(cfg)
     return {
         "name": keys.NAME,
@@ -178,8 +178,8 @@ def pairs_to_options(pairs: list, key: str) -> dict:
     """Turn ``[[name, value], ...]`` into keyword arguments.
 
     Raises:
-        ValueError: it is not such a list; the message names ``key``.
+        UserError: it is not such a list; the message names ``key``.
     """
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-        raise ValueError(f'{key} is {pairs}; expected pairs [name, value], as in [["img_size", 256]]')
+        raise UserError(f'{key} is {pairs}; expected pairs [name, value], as in [["img_size", 256]]')
     return dict(pairs)

@@ -13,6 +13,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from ..necks.parts import ChannelLayerNorm, rescale_layers
 from ..sizes import cut_to_stride, pad_to_multiple
 from .names import register_bottom_up
@@ -59,9 +61,8 @@ class ViTBackbone(Backbone):
             options: more arguments of ``timm.create_model`` for this model.
 
         Raises:
-            ValueError: the model is no plain ViT, its patches are no power of 2, or an option has no such value.
-            FileNotFoundError: ``weights`` does not exist.
-            ImportError: timm is not installed.
+            UserError: the model is no plain ViT, its patches are no power of 2, or an option has no such
+                value; ``weights`` does not exist, or timm is not installed.
         """
         super().__init__()
         check_name(name)
@@ -70,17 +71,17 @@ class ViTBackbone(Backbone):
         try:
             self.vit = create_model(name, options, **source)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.TIMM.NAME has to name a plain ViT that takes images of any size: {error}"
             ) from error
         needed = ("blocks", "patch_embed", "forward_intermediates", "prune_intermediate_layers")
         if not all(hasattr(self.vit, part) for part in needed):
-            raise ValueError(
+            raise UserError(
                 f"timm's {name} is no plain ViT; name one, as vit_base_patch16_224, or use build_timm_backbone"
             )
         patch, depth, channels = self.vit.patch_embed.patch_size, len(self.vit.blocks), self.vit.embed_dim
         if patch[0] != patch[1] or math.log2(patch[0]) % 1:
-            raise ValueError(
+            raise UserError(
                 f"timm's {name} has patches of {patch[0]} x {patch[1]}; expected a square with a power of 2, which "
                 'MODEL.TIMM.OPTIONS [["patch_size", 16]] makes of it'
             )
@@ -88,7 +89,7 @@ class ViTBackbone(Backbone):
         blocks = list(out_blocks)
         ascending = blocks == sorted(set(blocks)) and set(blocks) <= set(range(1, depth + 1))
         if blocks and (len(blocks) != len(DEPTH_LEVELS) or not ascending):
-            raise ValueError(
+            raise UserError(
                 f"out_blocks (MODEL.VIT.OUT_BLOCKS) is {blocks}; expected nothing, or four ascending numbers of blocks "
                 f"from 1 to {depth}, which is how many {name} has"
             )
@@ -107,7 +108,7 @@ class ViTBackbone(Backbone):
 
     def _freeze(self, freeze_at: int) -> None:
         if freeze_at < 0:
-            raise ValueError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) is {freeze_at}; expected 0 or more")
+            raise UserError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) is {freeze_at}; expected 0 or more")
         if freeze_at == 0:
             return
         blocks = {f"blocks.{i}." for i in range(freeze_at - 1)}
@@ -142,6 +143,6 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ViTBackbone:
     """Build the plain ViT ``cfg.MODEL.TIMM.NAME``, with the maps that ``cfg.MODEL.VIT.OUT_BLOCKS`` asks for.
 
     Raises:
-        ValueError: it cannot be had as the configuration asks, or its weights expect other images.
+        UserError: it cannot be had as the configuration asks, or its weights expect other images.
     """
     return ViTBackbone(out_blocks=cfg.MODEL.VIT.OUT_BLOCKS, in_channels=input_shape.channels, **timm_arguments(cfg))

@@ -16,6 +16,8 @@ from detectron2.layers import Conv2d
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .build import NECK_REGISTRY
 from .input_levels import GraphNeck, InputLevels
 from .parts import fit, nearest, xavier_conv
@@ -40,10 +42,10 @@ def bifpn_nodes(min_level: int, max_level: int) -> tuple[Node, ...]:
 ('p5_out', ('p5', 'p4_out'))]
 
     Raises:
-        ValueError: there are fewer than two levels.
+        UserError: there are fewer than two levels.
     """
     if max_level <= min_level:
-        raise ValueError(f"a BiFPN fuses levels, and there is only level {min_level}; it needs at least two")
+        raise UserError(f"a BiFPN fuses levels, and there is only level {min_level}; it needs at least two")
     nodes = []
     above = f"p{max_level}"
     for k in range(max_level - 1, min_level - 1, -1):
@@ -181,10 +183,10 @@ class BiFPN(GraphNeck):
             separable_conv: whether the 3x3 convolutions are depthwise separable, as in the paper.
 
         Raises:
-            ValueError: an option has no such value, a map is missing, strides do not double, or there is one level.
+            UserError: an option has no such value, a map is missing, strides do not double, or there is one level.
         """
         if fusion not in FUSIONS:
-            raise ValueError(f"fusion (MODEL.FPN.FUSION) is {fusion!r}; expected one of {', '.join(FUSIONS)}")
+            raise UserError(f"fusion (MODEL.FPN.FUSION) is {fusion!r}; expected one of {', '.join(FUSIONS)}")
         input_shape = bottom_up.output_shape()
         super().__init__(InputLevels(input_shape, in_features, out_channels, norm, top_block), repeats)
         nodes = bifpn_nodes(self.levels[0], self.levels[-1])

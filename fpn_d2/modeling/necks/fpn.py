@@ -15,6 +15,8 @@ from detectron2.modeling.backbone import FPN as Detectron2FPN
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .auto_top_block import top_block_of
 from .build import NECK_REGISTRY, Neck
 from .parts import chosen, conv, pyramid_levels
@@ -69,16 +71,16 @@ class FPN(Neck, Detectron2FPN):
             out_features: names of the outputs to return, e.g. ["p2"] for the finest level alone; empty: all.
 
         Raises:
-            ValueError: an option has no such value, a map is missing, strides do not double, an output does not
+            UserError: an option has no such value, a map is missing, strides do not double, an output does not
                 exist, or both pathways are cut.
         """
         Backbone.__init__(self)  # Detectron2's FPN would build every module a second time
         input_shape = bottom_up.output_shape()
         levels = pyramid_levels(input_shape, in_features)
         if fuse_type not in FUSE_TYPES:
-            raise ValueError(f"fuse_type (MODEL.FPN.FUSE_TYPE) is {fuse_type!r}; expected one of {FUSE_TYPES}")
+            raise UserError(f"fuse_type (MODEL.FPN.FUSE_TYPE) is {fuse_type!r}; expected one of {FUSE_TYPES}")
         if not (top_down or lateral):
-            raise ValueError(
+            raise UserError(
                 "top_down (MODEL.FPN.TOP_DOWN) and lateral (MODEL.FPN.LATERAL) are both False: the finer levels "
                 "would see nothing; set at least one of them to True"
             )

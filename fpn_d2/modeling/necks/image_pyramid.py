@@ -14,6 +14,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor
 
+from fpn_d2.errors import UserError
+
 from ..sizes import cut_to_stride, pad_to_multiple
 from .build import NECK_REGISTRY, Neck
 from .parts import consecutive_levels, refuse_fpn_options, single_level, xavier_conv
@@ -47,7 +49,7 @@ class ImagePyramid(Neck):
             levels: the levels k to make, with stride 2^k; consecutive, ascending.
 
         Raises:
-            ValueError: not exactly one map is asked for, it is missing, or an option has no such value.
+            UserError: not exactly one map is asked for, it is missing, or an option has no such value.
         """
         super().__init__()
         input_shape = bottom_up.output_shape()
@@ -64,7 +66,7 @@ class ImagePyramid(Neck):
         """Read ``cfg.MODEL.FPN``."""
         refuse_fpn_options(cfg, cls.__name__)
         if cfg.MODEL.FPN.TOP_BLOCK not in ("auto", "none"):
-            raise ValueError(
+            raise UserError(
                 f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK!r}, but an ImagePyramid makes every level from an "
                 "image: name the levels in MODEL.FPN.IMAGE_PYRAMID_LEVELS and set it to none"
             )

@@ -7,6 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .auto_top_block import top_block_of
 from .build import Neck
 from .parts import pyramid_levels, refuse_fpn_options, xavier_conv
@@ -43,7 +45,7 @@ class InputLevels(nn.Module):
             top_block: a name in ``TOP_BLOCKS``.
 
         Raises:
-            ValueError: an option has no such value, a map is missing, or strides do not double.
+            UserError: an option has no such value, a map is missing, or strides do not double.
         """
         super().__init__()
         self.in_features = tuple(in_features)
@@ -88,11 +90,11 @@ class GraphNeck(Neck):
             repeats: how often the graph is run.
 
         Raises:
-            ValueError: ``repeats`` is below one.
+            UserError: ``repeats`` is below one.
         """
         super().__init__()
         if repeats < 1:
-            raise ValueError(
+            raise UserError(
                 f"repeats (MODEL.FPN.REPEATS) is {repeats}; expected 1 or more (in a configuration, 0 is the neck's "
                 "own)"
             )

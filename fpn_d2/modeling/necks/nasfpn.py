@@ -13,6 +13,8 @@ from detectron2.config import configurable
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .build import NECK_REGISTRY
 from .input_levels import GraphNeck, InputLevels
 from .parts import fit, nearest, xavier_conv
@@ -131,13 +133,13 @@ class NASFPN(GraphNeck):
             repeats: number of stages; 7 in the paper's best model.
 
         Raises:
-            ValueError: an option has no such value, a map is missing, strides do not double, or there are not five
+            UserError: an option has no such value, a map is missing, strides do not double, or there are not five
                 levels.
         """
         super().__init__(InputLevels(bottom_up.output_shape(), in_features, out_channels, norm, top_block), repeats)
         if len(self.levels) != NUM_LEVELS:
             names = ", ".join(f"p{k}" for k in self.levels)
-            raise ValueError(
+            raise UserError(
                 f"NASFPN is published for {NUM_LEVELS} levels, and in_features (MODEL.FPN.IN_FEATURES) "
                 f"{list(in_features)} with the top_block (MODEL.FPN.TOP_BLOCK) {top_block} give {len(self.levels)}: "
                 f"{names}; take res3 to res5 with p6p7_maxpool, or res2 to res5 with maxpool"

@@ -50,7 +50,7 @@ class PAFPN(FPN):
                 level that is wanted.
 
         Raises:
-            ValueError: as :class:`FPN`.
+            UserError: as :class:`FPN`.
         """
         super().__init__(bottom_up, in_features=in_features, out_channels=out_channels, norm=norm, **fpn_options)
         for level in self._output_levels[:-1]:

@@ -9,6 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 
 def conv(
     in_channels: int,
@@ -24,17 +26,17 @@ def conv(
     Sizes become ceil(size / stride). Its parameters are ``weight``, ``bias`` (without a norm) and ``norm.*``.
 
     Raises:
-        ValueError: this Detectron2 has no norm of that name.
+        UserError: this Detectron2 has no norm of that name.
     """
     try:
         norm_layer = get_norm(norm, out_channels)
     except KeyError:
-        raise ValueError(
+        raise UserError(
             f"norm (MODEL.FPN.NORM) is {norm!r}, which this Detectron2 does not know; expected GN, BN, SyncBN, "
             "FrozenBN or an empty string"
         ) from None
     except ValueError as error:  # group norm wants a multiple of its 32 groups
-        raise ValueError(
+        raise UserError(
             f"norm (MODEL.FPN.NORM) {norm!r} does not go with {out_channels} channels (MODEL.FPN.OUT_CHANNELS): {error}"
         ) from None
     return Conv2d(
@@ -111,7 +113,7 @@ def rescale_layers(channels: int, steps: int, norm: str | Callable) -> tuple[lis
         The layers and the channels of what they give.
 
     Raises:
-        ValueError: the norm does not go with the channels between the convolutions.
+        UserError: the norm does not go with the channels between the convolutions.
     """
     if steps < 0:
         return [nn.MaxPool2d(kernel_size=2**-steps, stride=2**-steps, ceil_mode=True)], channels
@@ -121,7 +123,7 @@ def rescale_layers(channels: int, steps: int, norm: str | Callable) -> tuple[lis
             try:
                 between = get_norm(norm, channels) or nn.Identity()
             except ValueError as error:  # group norm wants a multiple of its 32 groups
-                raise ValueError(
+                raise UserError(
                     f"norm (MODEL.FPN.NORM) {norm!r} does not go with the {channels} channels between transposed "
                     f"convolutions, each of which halves those of the bottom-up map: {error}; use LN"
                 ) from None
@@ -157,21 +159,21 @@ def pyramid_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str]
     """Return the level k, with stride 2^k, of each map in ``in_features``.
 
     Raises:
-        ValueError: there is none, one is not in ``input_shape``, or their strides are not consecutive powers of 2.
+        UserError: there is none, one is not in ``input_shape``, or their strides are not consecutive powers of 2.
     """
     available = ", ".join(f"{name} (stride {s.stride}, {s.channels} channels)" for name, s in input_shape.items())
     if not in_features:
-        raise ValueError(f"in_features (MODEL.FPN.IN_FEATURES) is empty; name bottom-up maps, of {available}")
+        raise UserError(f"in_features (MODEL.FPN.IN_FEATURES) is empty; name bottom-up maps, of {available}")
     missing = [name for name in in_features if name not in input_shape]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"in_features (MODEL.FPN.IN_FEATURES) asks for {', '.join(missing)}, which the bottom-up pathway does "
             f"not give; it gives {available}. {_other_pathway(missing[0])}"
         )
     strides = [input_shape[name].stride for name in in_features]
     levels = [math.log2(stride) for stride in strides]
     if any(level % 1 for level in levels) or any(b - a != 1 for a, b in zip(levels, levels[1:], strict=False)):
-        raise ValueError(
+        raise UserError(
             f"in_features (MODEL.FPN.IN_FEATURES) {list(in_features)} have strides {strides}; expected powers of 2 "
             "that double from map to map, from high to low resolution"
         )
@@ -181,10 +183,10 @@ def pyramid_levels(input_shape: dict[str, ShapeSpec], in_features: Sequence[str]
 def chosen(shapes: dict[str, ShapeSpec], out_features: Sequence[str]) -> dict[str, ShapeSpec]:
     """Keep of ``shapes`` those named in ``out_features``, or all if that is empty."""
     if isinstance(out_features, str):
-        raise TypeError(f"out_features (MODEL.FPN.OUT_FEATURES) is the text {out_features!r}; expected a list of names")
+        raise UserError(f"out_features (MODEL.FPN.OUT_FEATURES) is the text {out_features!r}; expected a list of names")
     unknown = [name for name in out_features if name not in shapes]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"out_features (MODEL.FPN.OUT_FEATURES) asks for {', '.join(unknown)}; with these in_features and this "
             f"top_block the pyramid has {', '.join(shapes)}"
         )
@@ -195,11 +197,11 @@ def single_level(neck: str, input_shape: dict[str, ShapeSpec], in_features: Sequ
     """Return the level of the one map that ``neck`` takes.
 
     Raises:
-        ValueError: ``in_features`` does not name exactly one map of ``input_shape`` whose stride is a power of 2.
+        UserError: ``in_features`` does not name exactly one map of ``input_shape`` whose stride is a power of 2.
     """
     if len(in_features) != 1:
         available = ", ".join(f"{name} (stride {s.stride}, {s.channels} channels)" for name, s in input_shape.items())
-        raise ValueError(
+        raise UserError(
             f"{neck} takes one bottom-up map, but in_features (MODEL.FPN.IN_FEATURES) names {len(in_features)}: "
             f"{', '.join(in_features) or 'none'}; the bottom-up pathway gives {available}"
         )
@@ -210,11 +212,11 @@ def consecutive_levels(levels: Sequence[int], what: str) -> list[int]:
     """Return ``levels`` as a list.
 
     Raises:
-        ValueError: it is empty or not a run of consecutive ascending whole numbers above 0; ``what`` names the key.
+        UserError: it is empty or not a run of consecutive ascending whole numbers above 0; ``what`` names the key.
     """
     levels = list(levels)
     if not levels or levels[0] < 1 or levels != list(range(levels[0], levels[0] + len(levels))):
-        raise ValueError(f"{what} is {levels}; expected consecutive ascending levels, as [2, 3, 4, 5]")
+        raise UserError(f"{what} is {levels}; expected consecutive ascending levels, as [2, 3, 4, 5]")
     return levels
 
 
@@ -226,12 +228,12 @@ def refuse_fpn_options(cfg: CfgNode, neck: str) -> None:
     """Refuse a configuration that sets what only :class:`~.fpn.FPN` reads.
 
     Raises:
-        ValueError: a key of ``FPN_ONLY`` has another value than it has there.
+        UserError: a key of ``FPN_ONLY`` has another value than it has there.
     """
     for key, value in FPN_ONLY.items():
         found = cfg.MODEL.FPN[key]
         if (list(found) if isinstance(found, tuple) else found) != value:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.FPN.{key} is {found!r}, which the neck {neck} does not have; "
                 f"set it to {value!r} or take MODEL.FPN.NECK FPN"
             )

@@ -12,6 +12,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from ..sizes import cut_to_stride
 from .auto_top_block import top_block_of
 from .build import NECK_REGISTRY, Neck
@@ -50,14 +52,14 @@ class SimpleFeaturePyramid(Neck):
             top_block: as for :class:`~fpn_d2.modeling.FPN`, of those that read the last output.
 
         Raises:
-            ValueError: not exactly one map is asked for, it is missing, or an option has no such value.
+            UserError: not exactly one map is asked for, it is missing, or an option has no such value.
         """
         super().__init__()
         input_shape = bottom_up.output_shape()
         level = single_level(type(self).__name__, input_shape, in_features)
         levels = consecutive_levels(levels, "levels (MODEL.FPN.SIMPLE_PYRAMID_LEVELS)")
         if reads_bottom_up(top_block):
-            raise ValueError(
+            raise UserError(
                 f"top_block (MODEL.FPN.TOP_BLOCK) is {top_block!r}, which reads C5, but {type(self).__name__} has only "
                 f"{in_features[0]} below it; expected maxpool, p6p7_p5 or none"
             )
@@ -67,7 +69,7 @@ class SimpleFeaturePyramid(Neck):
         top = build_top_block(top_block, in_features[0], channels, levels[-1], out_channels)
         for k in levels:
             if channels % 2 ** max(level - k, 0):
-                raise ValueError(
+                raise UserError(
                     f"{in_features[0]} has {channels} channels, which cannot be halved {level - k} times for p{k}; "
                     "leave out fine levels in MODEL.FPN.SIMPLE_PYRAMID_LEVELS"
                 )

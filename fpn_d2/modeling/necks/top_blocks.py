@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .parts import xavier_conv
 
 # Name of each top block: how many levels it adds.
@@ -68,10 +70,10 @@ def num_top_levels(name: str) -> int:
     """Return the number of levels that the top block ``name`` adds.
 
     Raises:
-        ValueError: ``name`` is not one of ``TOP_BLOCKS``.
+        UserError: ``name`` is not one of ``TOP_BLOCKS``.
     """
     if name not in TOP_BLOCKS:
-        raise ValueError(f"top_block (MODEL.FPN.TOP_BLOCK) is {name!r}; expected one of {', '.join(TOP_BLOCKS)}")
+        raise UserError(f"top_block (MODEL.FPN.TOP_BLOCK) is {name!r}; expected one of {', '.join(TOP_BLOCKS)}")
     return TOP_BLOCKS[name]
 
 
@@ -104,7 +106,7 @@ def build_top_block(
         A module that maps a tensor to a list of ``num_levels`` tensors; None if there is no level.
 
     Raises:
-        ValueError: ``name`` is not one of ``TOP_BLOCKS``.
+        UserError: ``name`` is not one of ``TOP_BLOCKS``.
     """
     levels = num_top_levels(name) if num_levels is None else num_levels
     if levels == 0:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from fpn_d2.errors import UserError
+
 from .parts import fit, interpolate
 
 UPSAMPLES = ("nearest", "bilinear", "deconv")
@@ -42,8 +44,8 @@ def build_upsample(name: str, channels: int) -> nn.Module:
     """Build a module that is called as ``module(x, size)``.
 
     Raises:
-        ValueError: ``name`` is not one of ``UPSAMPLES``.
+        UserError: ``name`` is not one of ``UPSAMPLES``.
     """
     if name not in UPSAMPLES:
-        raise ValueError(f"upsample (MODEL.FPN.UPSAMPLE) is {name!r}; expected one of {', '.join(UPSAMPLES)}")
+        raise UserError(f"upsample (MODEL.FPN.UPSAMPLE) is {name!r}; expected one of {', '.join(UPSAMPLES)}")
     return Deconv(channels) if name == "deconv" else Interpolate(name)

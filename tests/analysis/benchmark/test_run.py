@@ -17,6 +17,7 @@ from fpn_d2.analysis.benchmark.rows import NO_COMPILER, ROWS, Row, choose_rows
 from fpn_d2.analysis.benchmark.run import measure_row, read_results, run_benchmarks
 from fpn_d2.analysis.benchmark.table import show_table
 from fpn_d2.analysis.compare.run import plain
+from fpn_d2.errors import UserError
 from fpn_d2.native import build as compiled
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,7 +49,7 @@ def test_rows_are_those_of_the_table():
 def test_rows_are_chosen_by_name_and_pattern():
     assert [row.name for row in choose_rows(["loading", "neck-*"])] == ["neck-float32", "neck-bfloat16", "loading"]
     assert choose_rows(None) == list(ROWS.values())
-    with pytest.raises(ValueError, match="no row 'sleeping'; there are pooling-1000, "):
+    with pytest.raises(UserError, match="no row 'sleeping'; there are pooling-1000, "):
         choose_rows(["loading", "sleeping"])
 
 
@@ -180,12 +181,12 @@ def test_numbers_that_json_lacks_are_none(tmp_path, three_rows):
 
 def test_mistakes(tmp_path):
     for wrong in ({"rounds": 0}, {"warmup": -1}, {"threads": -1}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is -?[01]; expected at least"):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} is -?[01]; expected at least"):
             run_benchmarks(str(tmp_path / "out"), **wrong)
-    with pytest.raises(ValueError, match="no row 'x'"):
+    with pytest.raises(UserError, match="no row 'x'"):
         run_benchmarks(str(tmp_path / "out"), rows=["x"])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="no folder .*out: run fpn-d2 benchmark"):
+    with pytest.raises(UserError, match="no folder .*out: run fpn-d2 benchmark"):
         read_results(tmp_path / "out")
 
 

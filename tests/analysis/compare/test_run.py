@@ -21,6 +21,7 @@ from fpn_d2.analysis.measure.memory import MODES
 from fpn_d2.analysis.subjects import build_one, build_pair, random_batch, read_config
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.engine import ReportingCheckpointer
+from fpn_d2.errors import UserError
 
 from ..small_detectors import STOCK, write
 
@@ -180,9 +181,9 @@ def test_checkpoint_goes_into_both(config, folder):
     assert a.not_loaded == [] and all(name.startswith("roi_heads.mask_head.") for name in b.not_loaded)
 
     torch.save({"model": {"something.else": torch.zeros(1)}}, folder / "other.pth")
-    with pytest.raises(ValueError, match="fills nothing of model A"):
+    with pytest.raises(UserError, match="fills nothing of model A"):
         build_pair(tuple(configs), str(folder / "other.pth"))
-    with pytest.raises(ValueError, match="no weight file"):
+    with pytest.raises(UserError, match="no weight file"):
         build_pair(tuple(configs), str(folder / "missing.pth"))
 
 
@@ -249,7 +250,7 @@ def test_numbers_that_are_not_finite_become_null(config, tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_never_written(result, tmp_path):
-    with pytest.raises(ValueError, match="Out of range float"):
+    with pytest.raises(UserError, match="Out of range float"):
         write_report(result | {"ap": {"A": {"set": {"bbox": {"AP": float("nan")}}}}}, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -363,14 +364,14 @@ def test_optimized_for_inference(folder, config):
     ],
 )
 def test_a_plan_that_cannot_be(config, tmp_path, changed, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         run_compare(config, config, Plan(**(QUICK | changed), output=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(config):
-    with pytest.raises(ValueError, match="there is no GPU"):
+    with pytest.raises(UserError, match="there is no GPU"):
         run_compare(config, config, Plan(**QUICK, device="cuda"))
 
 
@@ -456,9 +457,9 @@ def test_memory_in_a_process_of_its_own(config, folder):
 
 
 def test_command_line_tells_a_mistake_in_one_line(config, capsys):
-    assert cli.main(["compare", config, "COCO-Detection/no_such"]) == 1
+    assert cli.main(["compare", config, "COCO-Detection/no_such"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("fpn-d2 compare: COCO-Detection/no_such is neither a file") and told.count("\n") == 1
+    assert told.startswith("error: COCO-Detection/no_such is neither a file") and told.count("\n") == 1
 
 
 def test_command_line_does_what_it_says(config, folder, capsys):

@@ -5,6 +5,7 @@ import gc
 import pytest
 
 from fpn_d2.analysis.measure.timing import paired, spread, stopwatch, summarise
+from fpn_d2.errors import UserError
 
 
 class Clock:
@@ -77,14 +78,14 @@ def test_garbage_is_not_collected_meanwhile_and_is_afterwards():
 
 @pytest.mark.parametrize(("calls", "rounds", "warmup"), [({}, 1, 0), ({"A": int}, 0, 0), ({"A": int}, 1, -1)])
 def test_nothing_to_time_is_refused(calls, rounds, warmup):
-    with pytest.raises(ValueError, match="expected at least 1, 1 and 0"):
+    with pytest.raises(UserError, match="expected at least 1, 1 and 0"):
         paired(calls, rounds, warmup)
 
 
 def test_spread():
     assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "n": 5}
     assert spread([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "n": 1}
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(UserError, match="no values"):
         spread([])
 
 

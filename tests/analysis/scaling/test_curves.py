@@ -12,6 +12,7 @@ from fpn_d2 import cli
 from fpn_d2.analysis.scaling import curves as cost_curves
 from fpn_d2.analysis.scaling.curves import CURVES, OURS, STOCK, Curve, growth, measure_curves, table
 from fpn_d2.analysis.scaling.figure import draw
+from fpn_d2.errors import UserError
 
 
 def test_curves_cover_what_grows():
@@ -139,12 +140,12 @@ def test_a_curve_without_points_is_left_out(tmp_path, two_small_curves):
 
 
 def test_mistakes(tmp_path, two_small_curves):
-    with pytest.raises(ValueError, match="no curve 'pooling by luck'; there are sum by cells, pooling by RoIs"):
+    with pytest.raises(UserError, match="no curve 'pooling by luck'; there are sum by cells, pooling by RoIs"):
         measure_curves(str(tmp_path), curves=["pooling by luck"])
-    with pytest.raises(ValueError, match="at most 5: the least is 10"):
+    with pytest.raises(UserError, match="at most 5: the least is 10"):
         measure_curves(str(tmp_path), curves=["sum by cells"], largest=5)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no GPU"):
+        with pytest.raises(UserError, match="no GPU"):
             measure_curves(str(tmp_path), device="cuda")
 
 

@@ -18,6 +18,7 @@ from fpn_d2.analysis.study import worker as study_run
 from fpn_d2.analysis.study.run import CONFIGS, run_study, variants_in
 from fpn_d2.analysis.subjects import random_batch
 from fpn_d2.data.scenes import make_scenes
+from fpn_d2.errors import UserError
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 
 SMALL = {"train_scenes": 2, "val_scenes": 1, "time_pairs": 2}
@@ -72,16 +73,16 @@ def test_seeds_go_on_the_outside_and_nothing_is_done_twice(tmp_path, runs):
 
 def test_runs_with_other_settings_are_not_mixed(tmp_path, runs):
     run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, **SMALL)
-    with pytest.raises(ValueError, match=r"SOLVER.MAX_ITER 5 there, 6 here.*--output"):
+    with pytest.raises(UserError, match=r"SOLVER.MAX_ITER 5 there, 6 here.*--output"):
         run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=6, **SMALL)
-    with pytest.raises(ValueError, match=r"SOLVER.MOMENTUM the default there, 0.5 here"):
+    with pytest.raises(UserError, match=r"SOLVER.MOMENTUM the default there, 0.5 here"):
         run_study(tmp_path, seeds=[1], variants=["fpn"], iterations=5, opts=["SOLVER.MOMENTUM", "0.5"], **SMALL)
 
 
 def test_runs_of_another_machine_are_not_mixed(tmp_path, runs, monkeypatch):
     run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL)
     monkeypatch.setattr(study.torch, "__version__", "9.9")
-    with pytest.raises(ValueError, match=r"torch '2\S+' there, '9.9' here"):
+    with pytest.raises(UserError, match=r"torch '2\S+' there, '9.9' here"):
         run_study(tmp_path, seeds=[1], variants=["fpn"], **SMALL)
     monkeypatch.undo()
     keys = {"MODEL.DEVICE": "cpu"}
@@ -168,7 +169,7 @@ def test_numbers_beside_crowded_points_hide_nothing():
 def test_failed_runs_are_named_and_the_others_count(tmp_path, runs, monkeypatch):
     real = study._do_one
     monkeypatch.setattr(study, "_do_one", lambda task: "/c4/" not in task["result"] and real(task))
-    with pytest.raises(OSError, match=r"1 of the runs failed, see \S+/runs/c4/seed_1/console.txt"):
+    with pytest.raises(UserError, match=r"1 of the runs failed, see \S+/runs/c4/seed_1/console.txt"):
         run_study(tmp_path, seeds=[1], variants=["fpn", "c4"], **SMALL | {"time_pairs": 0})
     assert "| fpn |" in (tmp_path / "table.md").read_text() and "| c4 |" not in (tmp_path / "table.md").read_text()
     runs.clear()
@@ -187,9 +188,9 @@ def test_mistakes(tmp_path, runs):
         ({"opts": ["SOLVER.NO_SUCH", "1"]}, "NO_SUCH"),
         ({"opts": ["SOLVER.BASE_LR"]}, "pairs"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             run_study(tmp_path / "new", **SMALL | {"seeds": [1]} | options)
-    with pytest.raises(FileNotFoundError, match="--configs"):
+    with pytest.raises(UserError, match="--configs"):
         run_study(tmp_path / "new", configs=tmp_path)
     assert runs == [] and not (tmp_path / "new").exists()
 

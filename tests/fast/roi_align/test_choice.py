@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 import fpn_d2.fast.roi_align as package
+from fpn_d2.errors import UserError
 from fpn_d2.fast.roi_align import compiled_roi_align, pyramid_roi_align, roi_align
 
 from .reference import SCALES, make_maps, random_rois
@@ -46,7 +47,7 @@ def test_auto_on_a_cpu(arguments, monkeypatch):
         assert roi_align.choose("auto", maps) == name
         assert roi_align.choose("torchvision", maps) == "torchvision"  # an argument goes before the variable
     monkeypatch.setenv("FPN_D2_ROI_ALIGN", "quick")
-    with pytest.raises(ValueError, match="FPN_D2_ROI_ALIGN is 'quick'; expected one of auto, compiled"):
+    with pytest.raises(UserError, match="FPN_D2_ROI_ALIGN is 'quick'; expected one of auto, compiled"):
         roi_align.choose("auto", maps)
 
 
@@ -56,13 +57,13 @@ def test_without_a_compiler(arguments, no_compiler, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1 and "pure torch, not compiled: no C++ compiler: looked for" in lines[0]
     assert torch.equal(pooled[2], pyramid_roi_align(*arguments, implementation="torch"))
-    with pytest.raises(RuntimeError, match="implementation is 'compiled'.*could not be built"):
+    with pytest.raises(UserError, match="implementation is 'compiled'.*could not be built"):
         pyramid_roi_align(*arguments, implementation="compiled")
 
 
 def test_triton_missing(arguments, no_triton, caplog):
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="'triton'.*on a GPU: Triton cannot be imported"):
+        with pytest.raises(UserError, match="'triton'.*on a GPU: Triton cannot be imported"):
             pyramid_roi_align(*arguments, implementation="triton")
     assert [r.getMessage().startswith("Triton cannot be imported: ") for r in caplog.records] == [True]
 
@@ -73,14 +74,14 @@ def test_on_other_devices(arguments, monkeypatch):
     on_gpu = [FakeGPUMap(m) for m in maps]
     assert roi_align.choose("auto", on_gpu) == "torchvision"
     assert roi_align.choose("auto", [m.to("meta") for m in maps]) == "torchvision"
-    with pytest.raises(RuntimeError, match="'compiled', which runs on a CPU.*on cuda"):
+    with pytest.raises(UserError, match="'compiled', which runs on a CPU.*on cuda"):
         roi_align.choose("compiled", on_gpu)
     pytest.importorskip("triton", reason="Triton is not installed: the choice of it is NOT tested")
     monkeypatch.setenv("FPN_D2_ROI_ALIGN", "triton")
     assert roi_align.choose("triton", on_gpu) == roi_align.choose("auto", on_gpu) == "triton"
-    with pytest.raises(RuntimeError, match="'triton'.*GPU: got 9 maps on cuda"):
+    with pytest.raises(UserError, match="'triton'.*GPU: got 9 maps on cuda"):
         roi_align.choose("triton", on_gpu * 3)  # more levels than it takes
-    with pytest.raises(RuntimeError, match="'triton'.*GPU: got 3 maps on cpu"):
+    with pytest.raises(UserError, match="'triton'.*GPU: got 3 maps on cpu"):
         roi_align.choose("triton", maps)
 
 
