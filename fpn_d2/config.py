@@ -3,6 +3,8 @@
 from detectron2 import config as detectron2_config
 from detectron2.config import CfgNode
 
+from fpn_d2.errors import UserError
+
 
 def get_cfg() -> CfgNode:
     """Return Detectron2's defaults with the keys of fpn_d2."""
@@ -216,6 +218,19 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.TEST.PICTURE_SCORE = 0.5
 
     _add_missing(cfg, new)
+
+
+def require_keys(cfg: CfgNode) -> None:
+    """What each of our components asks before it reads a key of ours.
+
+    Raises:
+        UserError: they are not there: says what to call.
+    """
+    if "NUMERICS" not in cfg.MODEL or "BOTTOM_UP" not in cfg.MODEL.FPN or "ROI_LEVEL_ASSIGN" not in cfg.MODEL:
+        raise UserError(
+            "the configuration names a component of fpn_d2 and lacks the keys of fpn_d2: call "
+            "fpn_d2.add_fpn_d2_config(cfg) on it first, or start from fpn_d2.get_cfg()"
+        )
 
 
 def _add_missing(cfg: CfgNode, new: CfgNode) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from fpn_d2.engine import launch as launch_function
-from fpn_d2.engine import load_config, run
+from fpn_d2.engine import load_prepared, run
 
 from .kills import make_data, write_config
 
@@ -44,7 +44,7 @@ def train(config: str, resume: bool) -> None:
     """What train_net.py does in one of the processes."""
     args = argparse.Namespace(resume=resume, eval_only=False, config_file="", opts=[])
     opts = ("SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.CHECKPOINT_PERIOD", "3")
-    run(args, load_config(config, [*EVERYTHING, *opts]))
+    run(args, load_prepared(config, [*EVERYTHING, *opts]))
 
 
 def start(config: Path, processes: int, resume: bool, machines: int = 1, machine: int = 0, url: str | None = None):

@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from fpn_d2.engine import Trainer, load_config, run
+from fpn_d2.engine import Trainer, load_prepared, run
 
 from .engine.small import MODEL
 
@@ -93,7 +93,7 @@ def train(config: Path, resume: bool, begun: "multiprocessing.Value", opts: tupl
         os.dup2(said.fileno(), 2)
         torch.set_num_threads(1)
         args = argparse.Namespace(resume=resume, eval_only=False, config_file="", opts=[])
-        run(args, load_config(str(config), list(opts)))
+        run(args, load_prepared(str(config), list(opts)))
 
 
 def start(config: Path, resume: bool, opts: tuple[str, ...] = ()) -> tuple:

@@ -76,7 +76,7 @@ def run_ours(case: Messy, json_file: str, images: str, note: dict) -> None:
     from fpn_d2.data.coco_annotations import CheckOptions
     from fpn_d2.data.coco_check import check_coco
     from fpn_d2.data.defects import KINDS, TELL
-    from fpn_d2.engine import load_config, run, user_mistakes_end_the_program
+    from fpn_d2.engine import load_prepared, run, user_mistakes_end_the_program
 
     output = Path(json_file).parent / "ours"
     content = settings(case, output)
@@ -85,7 +85,7 @@ def run_ours(case: Messy, json_file: str, images: str, note: dict) -> None:
     config.write_text(yaml.safe_dump(content))
     note["phase"] = "checking"
     with user_mistakes_end_the_program():
-        cfg = load_config(str(config))
+        cfg = load_prepared(str(config))
     note["phase"] = "training"
     run(argparse.Namespace(resume=False, eval_only=False, opts=[], config_file=str(config)), cfg)
     note["phase"] = "done"

@@ -16,6 +16,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.cli import build_parser
 from fpn_d2.config_names import find_config
+from fpn_d2.engine import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 from tests.compatibility import parser as compatibility_parser
@@ -46,7 +47,7 @@ def generate():
 def clean_registries():
     """Take away what a test has registered, so that it can run again in the same process."""
     registries = (
-        *(NECK_REGISTRY, ROI_RULE_REGISTRY),
+        *(NECK_REGISTRY, ROI_RULE_REGISTRY, LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY),
         *(BACKBONE_REGISTRY, ROI_HEADS_REGISTRY),
     )
     before = [{name for name, _ in registry} for registry in registries]
@@ -102,9 +103,9 @@ def test_every_key_is_in_the_table(generate):
 
 def test_a_key_without_comment_is_refused(generate):
     source = "    # ---- Section ----\n    # What it means.\n    new.A = 1\n    new.B = 2\n"
-    with pytest.raises(UserError, match="B has no comment"):
+    with pytest.raises(ValueError, match="B has no comment"):
         generate.key_table(source, {"A": 1, "B": 2})
-    with pytest.raises(UserError, match="names A, which"):
+    with pytest.raises(ValueError, match="names A, which"):
         generate.key_table(source, {"B": 2})
     assert "| `A` | `1` | What it means. |" in generate.key_table(source.replace("    new.B = 2\n", ""), {"A": 1})
 
@@ -113,7 +114,7 @@ def test_a_document_without_the_marks_is_refused(generate):
     marked = "a\n<!-- keys: begin, by a script -->\nold\n<!-- keys: end -->\nb\n"
     assert "new" in generate.replace_part(marked, "keys", "new")
     assert "old" not in generate.replace_part(marked, "keys", "new")
-    with pytest.raises(UserError, match="configs: begin"):
+    with pytest.raises(ValueError, match="configs: begin"):
         generate.replace_part(marked, "configs", "new")
 
 
@@ -202,10 +203,12 @@ def test_parts_of_the_user_register_through_detectron2(tmp_path):
     code = (
         "import detectron2\n"
         "from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY\n"
-        "print('LongerSide' in ROI_RULE_REGISTRY, 'BottomUpPyramid' in NECK_REGISTRY)\n"
+        "from fpn_d2.engine import LR_SCHEDULER_REGISTRY\n"
+        "print(*(name in registry for name, registry in (('LongerSide', ROI_RULE_REGISTRY), "
+        "('BottomUpPyramid', NECK_REGISTRY), ('OneCycle', LR_SCHEDULER_REGISTRY))))\n"
     )
     env = dict(os.environ, DETECTRON2_ENV_MODULE=str(tmp_path / "my_parts.py"))
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True True"
+    assert done.stdout.splitlines()[-1] == "True True True"

@@ -31,11 +31,11 @@ def test_pip_install_touches_no_torch_detectron2_or_opencv(metadata):
     assert not tools & {"torch", "torchvision", "detectron2", "opencv-python", "opencv-python-headless"}
 
 
-def use_fpn_d2(folder: pathlib.Path, modules: dict, use: str) -> str:
+def use_fpn_d2(folder: pathlib.Path, modules: dict, use: str, **variables: str) -> str:
     """Use fpn_d2 where ``modules`` (name: source) stand before the real ones; return the error's last line."""
     for name, source in modules.items():
         (folder / f"{name}.py").write_text(source)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]), **variables}
     result = subprocess.run(
         [sys.executable, "-c", use], env=environment, cwd=folder, text=True, capture_output=True
     )
@@ -76,6 +76,27 @@ def test_opencv_is_needed_for_images_alone(tmp_path):
     use = "import fpn_d2.modeling, sys; fpn_d2.modeling.FPN, fpn_d2.get_cfg(); fpn_d2.load"
     message = "fpn_d2._requirements.RequirementError: fpn_d2 needs OpenCV 4.0 or newer, found none: pip install"
     assert use_fpn_d2(tmp_path, modules, use).startswith(message)
+
+
+AS_DETECTRON2 = """
+import importlib, os
+module = importlib.import_module(os.environ["DETECTRON2_ENV_MODULE"])
+assert hasattr(module, "setup_environment"), "it does not have the required callable attribute 'setup_environment'."
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("fpn_d2.env_modul", r"cannot be used (did you mean fpn_d2.env_module?): No module named 'fpn_d2.env_modul'"),
+        ("nowhere.env", "cannot be used: No module named 'nowhere'"),
+        ("json", "cannot be used: it does not have the required callable attribute 'setup_environment'."),
+    ],
+)
+def test_a_wrong_name_in_detectron2s_variable_is_not_blamed_on_its_installation(tmp_path, named, message):
+    modules = GOOD | {"detectron2": AS_DETECTRON2}
+    said = use_fpn_d2(tmp_path, modules, "import fpn_d2.engine", DETECTRON2_ENV_MODULE=named)
+    assert said == f"fpn_d2._requirements.RequirementError: DETECTRON2_ENV_MODULE names '{named}', which {message}"
 
 
 def test_versions_are_compared_as_numbers(monkeypatch):

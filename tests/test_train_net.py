@@ -107,6 +107,15 @@ def test_a_mistake_is_one_line_and_status_2(trained):
     assert "Traceback" not in done.stderr
 
 
+def test_no_configuration_is_a_mistake(tmp_path):
+    """Detectron2's defaults would train a C4 model for 40,000 iterations."""
+    done = _train_net("OUTPUT_DIR", tmp_path / "out")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--config-file is missing" in errors[0] and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # Arguments of train_net.py that a value follows.
 VALUED = ("--num-gpus", "--num-machines", "--dist-url")
 

@@ -1,6 +1,7 @@
 """Two models to compare: their configurations, the same weights in both, and batches of random images."""
 
 import logging
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +13,13 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from torch import nn
 
 import fpn_d2.modeling  # noqa: F401  (registers)
+from fpn_d2.checkpoint.contents import classes_in
+from fpn_d2.checkpoint.reading import read_checkpoint
 from fpn_d2.config_names import find_config
-from fpn_d2.engine import ReportingCheckpointer, UserError, load_config
+from fpn_d2.engine import ReportingCheckpointer, UserError, load_config, prepare_data
+from fpn_d2.engine.device import on_this_machine
+from fpn_d2.engine.numbers import missing_maps_are_told
+from fpn_d2.engine.prepare import num_classes_left_open
 
 _SEED = 0
 _BOXES = 8  # objects of a random image
@@ -50,13 +56,17 @@ class Model:
         self.runner = self.runner or self.network
 
 
-def read_config(config: str, opts: list[str], device: str) -> tuple[str, CfgNode]:
+def read_config(
+    config: str, opts: list[str], device: str, *, data: bool = False, weights: str = ""
+) -> tuple[str, CfgNode]:
     """Find and read a configuration.
 
     Args:
         config: a path, or a name in Detectron2's model zoo or, with "configs/" before it, of ours.
         opts: KEY value pairs on top.
         device: "cpu", "cuda" or "" for MODEL.DEVICE, which becomes the CPU where there is no GPU.
+        data: register the data sets of DATASETS.TEST, of which the number of classes is taken where it is left open.
+        weights: a checkpoint of ours, of which it is taken without ``data``.
 
     Returns:
         The path of the file, and the configuration.
@@ -68,7 +78,13 @@ def read_config(config: str, opts: list[str], device: str) -> tuple[str, CfgNode
         raise UserError(f"the device {device} was asked for, but there is no GPU that PyTorch can use: take cpu")
     path = str(find_config(config, zoo_first=True))
     opts = [*opts, *(["MODEL.DEVICE", device] if device else [])]
-    return path, load_config(path, opts)
+    cfg = load_config(path, opts)
+    if data:
+        prepare_data(cfg, path, opts, train=False)
+    elif os.path.isfile(weights) and (classes := classes_in(read_checkpoint(weights)).get("thing_classes")):
+        for section in num_classes_left_open(path, opts):
+            cfg.MODEL[section].NUM_CLASSES = len(classes)
+    return path, on_this_machine(cfg)
 
 
 def build_pair(configs: tuple[tuple[str, str, CfgNode], tuple[str, str, CfgNode]], weights: str) -> tuple[Model, Model]:
@@ -91,7 +107,8 @@ def build_pair(configs: tuple[tuple[str, str, CfgNode], tuple[str, str, CfgNode]
 def build_one(label: str, config: str, path: str, cfg: CfgNode, weights: str) -> Model:
     """Build a model with the weights of a checkpoint, or with random ones; see :func:`build_pair`."""
     torch.manual_seed(_SEED)
-    model = Model(label, config, path, cfg, build_model(cfg).eval())
+    with missing_maps_are_told(cfg):
+        model = Model(label, config, path, cfg, build_model(cfg).eval())
     if weights:
         _load(model, weights)
     else:

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.annotations and summary.coco:
         from fpn_d2.evaluation.coco_results import evaluate_predictions
 
-        figures = evaluate_predictions(args.annotations, summary.coco)
+        most = max(100, predictor.cfg.TEST.DETECTIONS_PER_IMAGE)
+        figures = evaluate_predictions(args.annotations, summary.coco, most=most)
         print("  ".join(f"{name} {value:.1f}" for name, value in figures.items()))
     return 3 if summary.errors else 0

@@ -38,7 +38,7 @@ _FIELDS = {
 }
 
 
-def register_from_config(cfg: CfgNode) -> None:
+def register_from_config(cfg: CfgNode, *, train: bool = True) -> None:
     """Register the data sets of ``DATASETS.COCO_FORMAT`` and ``DATASETS.VOC_FORMAT`` in this process.
 
     All of them are checked first-hand. Registering the same again does nothing; if the annotations have changed on
@@ -46,6 +46,7 @@ def register_from_config(cfg: CfgNode) -> None:
 
     Args:
         cfg: Configuration with the keys of ``add_fpn_d2_config``.
+        train: Whether there is training; else sets that are only trained on are passed over, and may be gone.
 
     Raises:
         UserError: If a json, a folder or images are missing, an entry or an annotation file is malformed, or a name
@@ -57,7 +58,8 @@ def register_from_config(cfg: CfgNode) -> None:
             if entry["NAME"] in seen:
                 raise UserError(f"DATASETS.COCO_FORMAT and VOC_FORMAT name the data set {entry['NAME']!r} twice.")
             seen.add(entry["NAME"])
-            register(cfg, entry)
+            if train or entry["NAME"] not in cfg.DATASETS.TRAIN or entry["NAME"] in cfg.DATASETS.TEST:
+                register(cfg, entry)
 
 
 def check_others(cfg: CfgNode, *, train: bool) -> None:
@@ -82,13 +84,14 @@ def sources(cfg: CfgNode) -> dict[str, tuple[str | None, str]]:
     return found | {entry["NAME"]: (None, os.path.join(entry["DIR"], "JPEGImages")) for entry in voc}
 
 
-def class_names(cfg: CfgNode) -> list[str]:
+def class_names(cfg: CfgNode, *, train: bool = True) -> list[str]:
     """The classes of the data sets in ``DATASETS.TRAIN``, or of those in ``DATASETS.TEST`` if TRAIN is empty.
 
     Data sets of ``DATASETS.COCO_FORMAT`` and ``VOC_FORMAT`` are registered on the way.
 
     Args:
         cfg: Configuration with the keys of ``add_fpn_d2_config``.
+        train: Whether there is training; else ``DATASETS.TEST`` alone is looked at.
 
     Returns:
         The names in the order of the class indices; empty if no data set is named or if none of them has classes.
@@ -96,9 +99,9 @@ def class_names(cfg: CfgNode) -> list[str]:
     Raises:
         UserError: If a data set is unknown, or if the data sets, those for testing among them, do not agree.
     """
-    register_from_config(cfg)
+    register_from_config(cfg, train=train)
     reference: tuple[str, list[str]] | None = None
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         _require_known(name)
         metadata = MetadataCatalog.get(name)
         if metadata.get("thing_classes") is None and metadata.get("evaluator_type") != "sem_seg":

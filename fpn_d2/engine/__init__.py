@@ -8,11 +8,14 @@ from fpn_d2.evaluation.results import results_table
 from fpn_d2.huge_pages import ask_for_huge_pages
 
 from .launch import check_address, launch
-from .prepare import load_config
+from .prepare import load_config, load_prepared, prepare_data
+from .registries import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
 from .run import run
 from .trainer import Trainer
 
 __all__ = [
+    "LR_SCHEDULER_REGISTRY",
+    "TRAIN_SAMPLER_REGISTRY",
     "ReportingCheckpointer",
     "Trainer",
     "UserError",
@@ -22,6 +25,8 @@ __all__ = [
     "draw_detections",
     "launch",
     "load_config",
+    "load_prepared",
+    "prepare_data",
     "results_table",
     "run",
     "user_mistakes_end_the_program",

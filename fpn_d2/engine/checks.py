@@ -2,10 +2,11 @@
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data import build as data_build
 from detectron2.layers import get_norm
 from detectron2.modeling import (
@@ -30,6 +31,7 @@ from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 
 from .optimizer import OPTIMIZERS
+from .registries import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
 
 # Registry names that each of Detectron2's own meta-architectures reads; others may read anything.
 _READ_BY = {
@@ -48,23 +50,24 @@ _OPTIONS = {
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.AMP.DTYPE": ("auto", "float16", "bfloat16"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
-    "SOLVER.LR_SCHEDULER_NAME": (
-        "WarmupMultiStepLR",
-        "WarmupCosineLR",
-        # Only Detectron2's main branch has these, and the samplers below.
-        *(["WarmupStepWithFixedGammaLR"] if hasattr(solver_build, "StepWithFixedGammaParamScheduler") else []),
-    ),
-    "DATALOADER.SAMPLER_TRAIN": (
-        "TrainingSampler",
-        "RepeatFactorTrainingSampler",
-        "RandomSubsetTrainingSampler",
-        *(
-            ["WeightedTrainingSampler", "WeightedCategoryTrainingSampler"]
-            if hasattr(data_build, "_build_weighted_sampler")
-            else []
-        ),
-    ),
 }
+# Names of Detectron2's that are told to who mistypes one; whether there is another one it is asked itself.
+_SCHEDULERS = (
+    "WarmupMultiStepLR",
+    "WarmupCosineLR",
+    # Only its main branch has these, and the samplers below.
+    *(["WarmupStepWithFixedGammaLR"] if hasattr(solver_build, "StepWithFixedGammaParamScheduler") else []),
+)
+_SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    *(
+        ["WeightedTrainingSampler", "WeightedCategoryTrainingSampler"]
+        if hasattr(data_build, "_build_weighted_sampler")
+        else []
+    ),
+)
 _NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "GN", "LN")
 _POOLERS = ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -74,7 +77,7 @@ _POOLING_HEADS = ("StandardROIHeads", "CascadeROIHeads", "FPNROIHeads", "FPNCasc
 
 
 def check_names(cfg: CfgNode) -> None:
-    """Check every name in the configuration that stands for a component, an option or a data set.
+    """Check every name in the configuration that stands for a component or an option.
 
     Raises:
         UserError: Names what exists nearest to it.
@@ -83,8 +86,25 @@ def check_names(cfg: CfgNode) -> None:
         _check(key, _value(cfg, key), choices, list_all=True)
     _check_components(cfg)
     _check_values(cfg)
+    scheduler, sampler = cfg.SOLVER.LR_SCHEDULER_NAME, cfg.DATALOADER.SAMPLER_TRAIN
+    if not _detectron2_has(lambda: _build_scheduler(cfg), scheduler, _SCHEDULERS):
+        _check("SOLVER.LR_SCHEDULER_NAME", scheduler, {*_SCHEDULERS, *_names(LR_SCHEDULER_REGISTRY)}, list_all=True)
+    if not _detectron2_has(lambda: _build_sampler(cfg), sampler, _SAMPLERS):
+        _check("DATALOADER.SAMPLER_TRAIN", sampler, {*_SAMPLERS, *_names(TRAIN_SAMPLER_REGISTRY)}, list_all=True)
+
+
+def check_data_names(cfg: CfgNode, *, train: bool = True) -> None:
+    """Check the names of data sets; those of DATASETS.COCO_FORMAT and VOC_FORMAT are registered.
+
+    Args:
+        cfg: The configuration.
+        train: Whether DATASETS.TRAIN is used as well as DATASETS.TEST.
+
+    Raises:
+        UserError: Names what exists nearest to it.
+    """
     known = DatasetCatalog.list()
-    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST") if train else ("DATASETS.TEST",):
         for name in _value(cfg, key):
             if name not in known:
                 raise UserError(
@@ -165,6 +185,27 @@ def _check_values(cfg: CfgNode) -> None:
         values["SOLVER.CLIP_GRADIENTS.CLIP_TYPE"] = [kind.value for kind in solver_build.GradientClipType]
     for key, choices in values.items():
         _check(key, _value(cfg, key), choices, list_all=True)
+
+
+def _detectron2_has(build: Callable[[], object], name: str, known: Iterable[str]) -> bool:
+    """Whether Detectron2 does not call ``name`` unknown when it builds what is called so."""
+    if name in known:
+        return True
+    try:
+        build()
+    except ValueError as error:
+        return not (str(error).startswith("Unknown") and name in str(error))
+    except Exception:  # of what it builds
+        return True
+    return True
+
+
+def _build_scheduler(cfg: CfgNode) -> object:
+    return solver_build.build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR))
+
+
+def _build_sampler(cfg: CfgNode) -> object:
+    return build_detection_train_loader.from_config(cfg, mapper=id, dataset=[{}])
 
 
 def _norms() -> list[str]:

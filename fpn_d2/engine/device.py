@@ -27,16 +27,20 @@ def known_device(name: str, key: str = "MODEL.DEVICE") -> torch.device:
         raise UserError(f"{key} is {name!r}; it must be cpu, cuda or cuda:N ({text})") from None
 
 
-def on_this_machine(cfg: CfgNode) -> CfgNode:
+def on_this_machine(cfg: CfgNode, *, warn: bool = True) -> CfgNode:
     """The configuration to run here: a copy in which MODEL.DEVICE is "cpu" where it names a GPU and there is none.
+
+    Args:
+        cfg: What was asked for.
+        warn: Whether to say so.
 
     Raises:
         UserError: MODEL.DEVICE is no device.
     """
     settled = cfg.clone()
     if known_device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        # A warning, since before the log is set up nothing less is shown.
-        logger.warning("No GPU here: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
+        if warn:
+            logger.warning("No GPU here: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
         settled.defrost()
         settled.MODEL.DEVICE = "cpu"
         if cfg.is_frozen():

@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .randomness import IMAGE, ORDER, random_states_put_back, seed_all, seed_of
+from .registries import TRAIN_SAMPLER_REGISTRY
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,9 @@ class TrainingLoader:
         rank, processes = comm.get_rank(), comm.get_world_size()
         size = self._cfg.SOLVER.IMS_PER_BATCH
         position, waiting = self._state.position, [list(group) for group in self._state.waiting]
-        order = itertools.islice(self._sampler._infinite_indices(), position, None)  # __iter__: one process's part
+        # Detectron2's samplers: __iter__ is one process's part.
+        every = getattr(self._sampler, "_infinite_indices", self._sampler.__iter__)
+        order = itertools.islice(every(), position, None)
         while True:
             while not any(len(group) >= size for group in waiting):
                 index = int(next(order))
@@ -126,6 +129,8 @@ class TrainingLoader:
         cfg.SEED = seed_of(ORDER, self.seed) % 2**31  # Detectron2's main branch reads it; v0.6 draws one
         with random_states_put_back():
             seed_all(cfg.SEED)
+            if cfg.DATALOADER.SAMPLER_TRAIN in TRAIN_SAMPLER_REGISTRY:
+                return TRAIN_SAMPLER_REGISTRY.get(cfg.DATALOADER.SAMPLER_TRAIN)(cfg, self._records)
             return build_detection_train_loader.from_config(cfg, mapper=self._mapper, dataset=self._records)["sampler"]
 
 

@@ -1,12 +1,11 @@
-"""From a YAML file and command-line options to a checked configuration."""
+"""From a YAML file and command-line options to a checked configuration, and from that to what can be run here."""
 
 import ast
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import torch
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_d2.config import add_fpn_d2_config
@@ -14,19 +13,19 @@ from fpn_d2.config_files import check_value, merge_config_file
 from fpn_d2.data import class_names, register_from_config
 from fpn_d2.errors import UserError, did_you_mean
 
-from .checks import check_names
-
-logger = logging.getLogger(__name__)
+from .checks import check_data_names, check_names
+from .device import known_device
+from .numbers import check_numbers
 
 # No configuration sets a number of classes to this: a value that follows it was left open.
 _LEFT_OPEN = -1
+WITH_CLASSES = ("ROI_HEADS", "RETINANET")
 
 
-def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
+def load_config(config_file: str = "", opts: Sequence[str] | None = None) -> CfgNode:
     """Read a configuration: Detectron2's defaults and ours, then the file with its ``_BASE_``, then the options.
 
-    The data sets of DATASETS.COCO_FORMAT and VOC_FORMAT are registered in this process. A number of classes that
-    neither the file nor the options name is taken from the data. MODEL.DEVICE becomes "cpu" where there is no GPU.
+    Nothing but these files is looked at, and nothing changes but what is returned: see `prepare_data`.
 
     Args:
         config_file: Path of a YAML file; "" for none.
@@ -36,21 +35,54 @@ def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode
         The configuration, not frozen.
 
     Raises:
-        UserError: For a missing or malformed file, an unknown key, a value of the wrong type, a component or data
-            set that does not exist, a number of classes that contradicts the data. The text says what was meant.
+        UserError: For a missing or malformed file, an unknown key, a value of the wrong type, a component that does
+            not exist, numbers that do not fit each other. The text says what was meant.
     """
-    opts = [str(o) if not isinstance(o, str) else o for o in (opts or [])]
     cfg = _merged(_defaults(), config_file, opts)
-    register_from_config(cfg)
+    known_device(cfg.MODEL.DEVICE)
     check_names(cfg)
+    check_numbers(cfg)
+    return cfg
+
+
+def prepare_data(
+    cfg: CfgNode, config_file: str = "", opts: Sequence[str] | None = None, *, train: bool = True
+) -> CfgNode:
+    """Register and check the data sets of DATASETS.COCO_FORMAT and VOC_FORMAT in this process.
+
+    A copy of what had to be mended is written into OUTPUT_DIR. A number of classes that neither the file nor the
+    options name is taken from the data.
+
+    Args:
+        cfg: As from `load_config`, not frozen; changed in place.
+        config_file, opts: What it was loaded from.
+        train: Whether there is training; else DATASETS.TRAIN is not looked at, and may be gone.
+
+    Returns:
+        ``cfg``.
+
+    Raises:
+        UserError: For a data set that does not exist or cannot be used, a number of classes that contradicts the data.
+    """
+    register_from_config(cfg, train=train)
+    check_data_names(cfg, train=train)
+    _settle_num_classes(cfg, class_names(cfg, train=train), num_classes_left_open(config_file, opts))
+    return cfg
+
+
+def load_prepared(config_file: str = "", opts: Sequence[str] | None = None, *, train: bool = True) -> CfgNode:
+    """`load_config` and `prepare_data` in one, for programs that train or evaluate."""
+    return prepare_data(load_config(config_file, opts), config_file, opts, train=train)
+
+
+def num_classes_left_open(config_file: str = "", opts: Sequence[str] | None = None) -> list[str]:
+    """Sections of MODEL whose NUM_CLASSES neither the file nor the options name; arguments as in `load_config`."""
     probe = _defaults()
-    for section in ("ROI_HEADS", "RETINANET"):
+    for section in WITH_CLASSES:
         probe.MODEL[section].NUM_CLASSES = _LEFT_OPEN
     with _said_once():
         probe = _merged(probe, config_file, opts)
-    _settle_num_classes(cfg, probe)
-    _settle_device(cfg)
-    return cfg
+    return [section for section in WITH_CLASSES if probe.MODEL[section].NUM_CLASSES == _LEFT_OPEN]
 
 
 def _defaults() -> CfgNode:
@@ -59,10 +91,10 @@ def _defaults() -> CfgNode:
     return cfg
 
 
-def _merged(cfg: CfgNode, config_file: str, opts: list[str]) -> CfgNode:
+def _merged(cfg: CfgNode, config_file: str, opts: Sequence[str] | None) -> CfgNode:
     if config_file:
         _merge_file(cfg, config_file)
-    _merge_options(cfg, opts)
+    _merge_options(cfg, [str(o) for o in opts or ()])
     return cfg
 
 
@@ -154,35 +186,15 @@ def _said_once() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _settle_device(cfg: CfgNode) -> None:
-    try:
-        kind = torch.device(cfg.MODEL.DEVICE).type
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; it must be cpu, cuda or cuda:N ({text})") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        # A warning, since before the log is set up nothing less is shown.
-        logger.warning("No GPU here: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
-
-
-def _settle_num_classes(cfg: CfgNode, probe: CfgNode) -> None:
-    """Take the number of classes from the data where it was left open; refuse one that contradicts the data.
-
-    Args:
-        cfg: Changed in place.
-        probe: The same configuration merged over defaults in which the numbers of classes are `_LEFT_OPEN`.
-    """
-    if not (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
-        return
-    names = class_names(cfg)
-    if not names:  # nothing but stuff to segment
+def _settle_num_classes(cfg: CfgNode, names: list[str], left_open: list[str]) -> None:
+    """Take the number of classes from the data where it was left open; refuse one that contradicts the data."""
+    if not names:  # no data, or nothing but stuff to segment
         return
     used = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
     used |= dict.fromkeys(("RetinaNet", "FPNRetinaNet", "TorchvisionRetinaNet"), "RETINANET")
-    for section in ("ROI_HEADS", "RETINANET"):
-        value = probe.MODEL[section].NUM_CLASSES
-        if value == _LEFT_OPEN:
+    for section in WITH_CLASSES:
+        value = cfg.MODEL[section].NUM_CLASSES
+        if section in left_open:
             cfg.MODEL[section].NUM_CLASSES = len(names)
         elif value != len(names) and used.get(cfg.MODEL.META_ARCHITECTURE) == section:
             shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -21,6 +21,9 @@ _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # Seconds that the other processes have to end when one has failed, and when they have been asked to stop: they may have
 # to save a checkpoint.
 _AFTER_FAILURE, _AFTER_STOP = 5.0, 120.0
+# Seconds that a process of torchrun's waits for the first one to meet the same mistake; torchrun looks at least every
+# 5 s whether one has ended.
+_FOR_THE_FIRST = 12.0
 # What a process says of its connection to one that is no more, in gloo and NCCL.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 # In a process that was started here: where it writes down its error.
@@ -59,8 +62,10 @@ def say(line: str) -> None:
     """Print a mistake of the user: in the first process, or in the one that started this one if no other said it."""
     if _ERROR_FILE in os.environ and not multiprocessing.current_process().name.endswith(" 0"):
         Path(os.environ[_ERROR_FILE]).write_text(line)
-    else:
-        print(line, file=sys.stderr, flush=True)
+        return
+    if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_FOR_THE_FIRST)  # torchrun ends this process when the first one has said the same, and ended
+    print(line, file=sys.stderr, flush=True)
 
 
 def lost_connection(error: BaseException) -> bool:

@@ -85,6 +85,10 @@ def set_up_logging(output_dir: str, rank: int) -> None:
         setup_logger(output_dir, distributed_rank=rank),
     ]
     ours = setup_logger(output_dir, distributed_rank=rank, name="fpn_d2")
+    for log in libraries:  # an evaluation calls it without the folder
+        handlers = list(log.handlers)
+        setup_logger(None, distributed_rank=rank, **({"name": "fvcore"} if log is libraries[0] else {}))
+        log.handlers = handlers
     for log in [*libraries, ours]:
         for handler in log.handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:

@@ -20,11 +20,13 @@ from fpn_d2.data import check_others, register_from_config
 from fpn_d2.data.findings import into_the_log
 from fpn_d2.errors import UserError, one_line, user_mistakes_end_the_program
 from fpn_d2.evaluation.pictures import draw_detections
-from fpn_d2.evaluation.results import ap50, results_table
+from fpn_d2.evaluation.results import headline, results_table
 from fpn_d2.files import writable_folder
 
 from .checks import check_data_files, check_test_augmentation, check_weight_file
+from .device import on_this_machine
 from .elastic import resumes
+from .numbers import short_schedule
 from .precision import amp_dtype
 from .processes import say
 from .progress import set_up_logging
@@ -54,26 +56,29 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict:
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
+    train = not args.eval_only
     with user_mistakes_end_the_program(say):
-        register_from_config(cfg)  # a spawned process starts without the user's data sets
-        check_data_files(cfg, train=not args.eval_only)
-        check_others(cfg, train=not args.eval_only)
+        register_from_config(cfg, train=train)  # a spawned process starts without the user's data sets
+        check_data_files(cfg, train=train)
+        check_others(cfg, train=train)
         if not args.resume:
             check_weight_file(cfg.MODEL.WEIGHTS)
         check_test_augmentation(cfg)
-        amp_dtype(cfg)
-        if args.eval_only:  # everything comes from the checkpoint; what training started from may be gone
-            cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
-        else:
+        amp_dtype(on_this_machine(cfg, warn=False))
+        if train:
             _check_batch(cfg)
         if "://" not in cfg.OUTPUT_DIR:
             writable_folder(cfg.OUTPUT_DIR)
         cfg.freeze()
-        set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
-        args.config_file = os.path.expanduser(getattr(args, "config_file", ""))  # default_setup prints the file
-        default_setup(cfg, args)
-        into_the_log()
+        _set_up(args, cfg)
+        if train and short_schedule(cfg):
+            logger.warning(short_schedule(cfg))
         if args.eval_only:
+            cfg = on_this_machine(cfg)
+            cfg.defrost()
+            # Everything comes from the checkpoint; what training started from may be gone.
+            cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
+            cfg.freeze()
             model = Trainer.build_model(cfg)
             ReportingCheckpointer(
                 model,
@@ -85,11 +90,30 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=resumes(args.resume, cfg.OUTPUT_DIR))
-            model = trainer.model
+            cfg, model = trainer.cfg, trainer.model
+            if trainer.start_iter >= trainer.max_iter:
+                logger.warning(
+                    "Nothing is left to train: %s comes after all %d iterations of SOLVER.MAX_ITER, and is evaluated. "
+                    "A larger SOLVER.MAX_ITER trains on",
+                    trainer.checkpointer.latest, trainer.max_iter,
+                )
     results = _evaluate(cfg, model) if args.eval_only else _train(trainer)
     if comm.is_main_process():
         _show(cfg, model, results)
     return results
+
+
+def _set_up(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Detectron2's `default_setup`, which writes ``config.yaml``; an evaluation leaves the one of a training alone."""
+    set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
+    args.config_file = os.path.expanduser(getattr(args, "config_file", ""))  # default_setup prints the file
+    written = cfg.clone()
+    if args.eval_only and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+        written.defrost()
+        written.OUTPUT_DIR = None
+        logger.debug("Running with full config:\n%s", cfg.dump())
+    default_setup(written, args)
+    into_the_log()
 
 
 def _check_batch(cfg: CfgNode) -> None:
@@ -154,7 +178,7 @@ def _show(cfg: CfgNode, model: object, results: dict) -> None:
     if not cfg.DATASETS.TEST:
         return
     logger.info("Results in percent:\n%s", results_table(cfg, results))
-    line = f"AP50 {ap50(cfg, results):.1f}"
+    line = headline(cfg, results)
     if cfg.TEST.PICTURE_IMAGES > 0:
         path = os.path.join(cfg.OUTPUT_DIR, "detections.png")
         try:

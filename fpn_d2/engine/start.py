@@ -5,10 +5,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from fpn_d2.config_names import find_config
-from fpn_d2.errors import user_mistakes_end_the_program
+from fpn_d2.errors import UserError, user_mistakes_end_the_program
 
 from .launch import check_address, launch
-from .prepare import load_config
+from .prepare import load_config, prepare_data
+from .processes import say
 from .run import run
 
 
@@ -32,12 +33,18 @@ def start(command: Command) -> None:
     Raises:
         SystemExit: after a mistake of the user, which was told in one line; or a process has failed.
     """
-    with user_mistakes_end_the_program():
+    with user_mistakes_end_the_program(say):
+        if not command.config_file:
+            raise UserError(
+                "--config-file is missing, and Detectron2's defaults are no recipe: name a configuration, as "
+                "quick_schedules/quickstart.yaml"
+            )
         check_address(command.num_machines, command.dist_url, command.num_gpus)
-        if command.config_file and "://" not in command.config_file:
+        if "://" not in command.config_file:
             command.config_file = str(find_config(command.config_file))
-        cfg = load_config(command.config_file, list(command.opts))
+        cfg = load_config(command.config_file, command.opts)
         check_address(command.num_machines, command.dist_url, command.num_gpus, cfg.MODEL.DEVICE)
+        prepare_data(cfg, command.config_file, command.opts, train=not command.eval_only)
     launch(
         run,
         command.num_gpus,

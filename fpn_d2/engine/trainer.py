@@ -25,13 +25,16 @@ from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import TrainingMapper
 from fpn_d2.evaluation.evaluators import build_evaluator
 
+from .device import on_this_machine
 from .hooks import BestCheckpoint, TimedCheckpoint, ValidationLoss
 from .loader import TrainingLoader
 from .model_numbers import ModelNumbers
+from .numbers import missing_maps_are_told
 from .optimizer import build_optimizer
 from .precision import build_inner_trainer
 from .progress import ProgressBar, has_terminal
 from .randomness import ITERATION, seed_all, seed_of
+from .registries import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
 from .signals import Stopped, signals
 from .wandb_writer import WandbWriter, wandb_is_asked_for
 
@@ -53,6 +56,7 @@ class Trainer(DefaultTrainer):
         # for the inner trainer or for the checkpointer. So the same objects are made here, in the same order.
         TrainerBase.__init__(self)
         about = contents(cfg)
+        cfg = on_this_machine(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -243,13 +247,28 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        with missing_maps_are_told(cfg):
+            return super().build_model(cfg)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        name = cfg.SOLVER.LR_SCHEDULER_NAME
+        if name in LR_SCHEDULER_REGISTRY:
+            return LR_SCHEDULER_REGISTRY.get(name)(cfg, optimizer)
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
         mapper = TrainingMapper(cfg, True)
-        parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
+        own = {"sampler": object()} if cfg.DATALOADER.SAMPLER_TRAIN in TRAIN_SAMPLER_REGISTRY else {}
+        parts = build_detection_train_loader.from_config(cfg, mapper=mapper, **own)
         if not isinstance(parts["dataset"], list):  # a user's own, without records that can be counted
             return build_detection_train_loader(cfg, mapper=mapper)
         return TrainingLoader(cfg, mapper, parts["dataset"], max(0, cfg.SEED))

@@ -12,6 +12,7 @@ from detectron2.evaluation import COCOEvaluator
 from fpn_d2.errors import UserError
 
 _MANY = 20_000  # objects; from here on pycocotools takes minutes
+COCOS_LIMIT = 100  # detections of an image that count, the best ones
 _PLAIN_IDS = 1 << 53  # the C++ evaluation takes image ids below for what they are
 
 
@@ -58,8 +59,8 @@ class FastCOCOEvaluator(ReadableCOCOEvaluator):
     def _evaluate_on(self, predictions: list[dict], img_ids: list | None) -> None:
         results = list(itertools.chain.from_iterable(image["instances"] for image in predictions))
         # The official evaluation writes no report of its own that would be missed here; what it cannot do without
-        # annotations, or with another limit of detections, is left to Detectron2.
-        if not (results and self._do_evaluation and self._max_dets_per_image in (None, [1, 10, 100])):
+        # annotations is left to Detectron2.
+        if not (results and self._do_evaluation):
             super()._evaluate_on(predictions, img_ids)
             return
         tasks = self._tasks or self._tasks_from_predictions(results)
@@ -88,6 +89,8 @@ class FastCOCOEvaluator(ReadableCOCOEvaluator):
             found.params.imgIds = img_ids
         if task == "keypoints":
             self._check_keypoints(results, found)
+        elif self._max_dets_per_image is not None:
+            found.params.maxDets = self._max_dets_per_image
         found.evaluate()
         found.accumulate()
         found.summarize()

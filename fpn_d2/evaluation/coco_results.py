@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fpn_d2.errors import UserError
 
-from .coco import fast_evaluation_is_there
+from .coco import COCOS_LIMIT, fast_evaluation_is_there
 
 _FIGURES = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -18,7 +18,9 @@ _FIGURES = {
 }
 
 
-def evaluate_predictions(annotations: str, predictions: str, task: str = "bbox", most: int = 100) -> dict[str, float]:
+def evaluate_predictions(
+    annotations: str, predictions: str, task: str = "bbox", most: int = COCOS_LIMIT
+) -> dict[str, float]:
     """Evaluate COCO json with scores as COCO does.
 
     Args:

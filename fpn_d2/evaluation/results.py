@@ -1,10 +1,19 @@
 """The results of an evaluation as a table for people."""
 
-import math
 from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
+
+# Task and metric, the first that was measured; as Detectron2's evaluators call them.
+_HEADLINES = (
+    ("bbox", "AP50"),
+    ("segm", "AP50"),
+    ("panoptic_seg", "PQ"),
+    ("sem_seg", "mIoU"),
+    ("box_proposals", "AR@1000"),
+    ("box_proposals", "AR@100"),
+)
 
 
 def by_dataset(cfg: CfgNode, results: Mapping) -> dict[str, dict]:
@@ -49,8 +58,16 @@ def _table(rows: object, headers: list[str]) -> str:
     return tabulate([list(row) for row in rows], headers=headers, floatfmt=".1f", tablefmt="simple")
 
 
-def ap50(cfg: CfgNode, results: Mapping) -> float:
-    """Box AP50, in percent, on the first of DATASETS.TEST; nan where it was not measured."""
-    for tasks in by_dataset(cfg, results).values():
-        return float(tasks.get("bbox", {}).get("AP50", math.nan))
-    return math.nan
+def headline(cfg: CfgNode, results: Mapping) -> str:
+    """The one figure of a run on the first of DATASETS.TEST, in percent: box AP50, as "AP50 84.1".
+
+    Where there is none, what the task has instead, as "box_proposals AR@1000 57.3" or "sem_seg mIoU 40.2".
+    """
+    tasks = next(iter(by_dataset(cfg, results).values()), {})
+    for task, metric in _HEADLINES:
+        if metric in tasks.get(task, {}):
+            return f"{'' if task == 'bbox' else f'{task} '}{metric} {tasks[task][metric]:.1f}"
+    for task, metrics in tasks.items():  # of an evaluator of somebody's own
+        for metric, value in metrics.items() if isinstance(metrics, Mapping) else ():
+            return f"{task} {metric} {value:.1f}"
+    return "nothing was measured"

@@ -5,6 +5,7 @@ import functools
 from detectron2.config import CfgNode
 from torch import nn
 
+from fpn_d2.config import require_keys
 from fpn_d2.errors import UserError
 
 from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastStem
@@ -40,8 +41,9 @@ def numerics(cfg: CfgNode) -> str:
     """Read ``cfg.MODEL.NUMERICS``.
 
     Raises:
-        UserError: it is neither "fast" nor "exact".
+        UserError: it is neither "fast" nor "exact", or the configuration lacks our keys.
     """
+    require_keys(cfg)
     if cfg.MODEL.NUMERICS not in NUMERICS:
         raise UserError(f"MODEL.NUMERICS is {cfg.MODEL.NUMERICS!r}; expected one of {', '.join(NUMERICS)}")
     return cfg.MODEL.NUMERICS

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 
+from fpn_d2.config import require_keys
 from fpn_d2.fast.apply import numerics, speed_up
 
 from .bottom_up.checkpointing import checkpoint_stages
@@ -26,8 +27,9 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Neck:
         input_shape: channels of the images.
 
     Raises:
-        UserError: no such bottom-up pathway or neck, or the two do not fit.
+        UserError: no such bottom-up pathway or neck, the two do not fit, or ``cfg`` lacks our keys.
     """
+    require_keys(cfg)
     bottom_up = find_bottom_up(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape)
     if isinstance(getattr(bottom_up, "bottom_up", None), Backbone):
         logger.info(

@@ -12,6 +12,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
+from fpn_d2.config import require_keys
 from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics, speed_up
 from fpn_d2.fast.guard import of_class
@@ -42,6 +43,7 @@ class _PyramidPoolers:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        require_keys(cfg)
         refuse_lost_branches(cfg)
         names = cfg.MODEL.ROI_HEADS.IN_FEATURES
         _check_maps(names, input_shape)

@@ -104,7 +104,7 @@ def test_malformed_entry(tmp_path, entry, message):
 def test_missing_json_and_image_folder(tmp_path):
     json_file, images = write_coco(tmp_path, coco_content())
     with pytest.raises(
-        FileNotFoundError, match=r"annotations of data set 'set': .*sett.json.* Did you mean .*set.json"
+        UserError, match=r"annotations of data set 'set': .*sett.json.* Did you mean .*set.json"
     ):
         register_from_config(
             config(tmp_path, COCO_FORMAT=[["set", json_file.replace("set.json", "sett.json"), images]])

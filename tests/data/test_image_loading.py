@@ -12,7 +12,6 @@ from PIL import Image
 
 from fpn_d2.data import image_loading
 from fpn_d2.data.image_loading import read_image, to_chw
-from fpn_d2.errors import UserError
 
 
 def picture(width=37, height=29, seed=0) -> Image.Image:
@@ -163,7 +162,7 @@ def test_turned_pixels_of_more_than_8_bits(tmp_path):
 )
 def test_pixels_without_a_right_reading_are_refused(tmp_path, pixels, message):
     (tmp_path / "a").write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         read_image(tmp_path / "a", "BGR")
 
 

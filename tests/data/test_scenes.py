@@ -174,9 +174,9 @@ def test_rendered_shape_covers_what_geometry_says(name, area):
 
 
 def test_render_refuses():
-    with pytest.raises(UserError, match="Expected a shape among disc, .* got 'hexagon'"):
+    with pytest.raises(ValueError, match="Expected a shape among disc, .* got 'hexagon'"):
         render("hexagon", 10, 0, 1)
-    with pytest.raises(UserError, match="size greater than 0"):
+    with pytest.raises(ValueError, match="size greater than 0"):
         render("disc", 0, 0, 1)
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from fpn_d2.engine import load_config
+from fpn_d2.engine import load_prepared
+from fpn_d2.engine.device import on_this_machine
 
 TRAIN, TEST = "engine_scenes_train", "engine_scenes_val"
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def write_config(path: Path, scenes: Path) -> Path:
 def small_config(folder: Path, scenes: Path, *opts: object):
     """The configuration of the small detector, with its YAML file and its outputs in ``folder``."""
     folder.mkdir(exist_ok=True)
-    cfg = load_config(str(write_config(folder / "config.yaml", scenes)), [str(o) for o in opts])
+    cfg = on_this_machine(load_prepared(str(write_config(folder / "config.yaml", scenes)), [str(o) for o in opts]))
     cfg.freeze()
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
     return cfg

@@ -1,10 +1,13 @@
 """Names that do not exist and files that are not there."""
 
+import itertools
+
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import get_norm
 
-from fpn_d2.engine import UserError, load_config
+from fpn_d2.engine import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY, Trainer, UserError, checks, load_config
 from fpn_d2.engine.checks import check_data_files, check_test_augmentation, check_weight_file
 
 from .small import TEST, TRAIN, small_config
@@ -78,6 +81,40 @@ def test_a_value_that_does_not_exist_names_the_nearest_where_it_is_read(key, val
 )
 def test_what_detectron2_accepts_passes(opts):
     load_config("", [*OURS, *opts])
+
+
+def test_a_scheduler_and_a_sampler_of_ones_own_are_accepted_and_used(tmp_path, scenes, monkeypatch):
+    for registry in (LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY):
+        monkeypatch.setattr(registry, "_obj_map", {})
+    with pytest.raises(UserError, match="LR_SCHEDULER_NAME is 'Falling', which does not exist"):
+        small_config(tmp_path, scenes, "SOLVER.LR_SCHEDULER_NAME", "Falling")
+
+    @LR_SCHEDULER_REGISTRY.register()
+    def Falling(cfg, optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    @TRAIN_SAMPLER_REGISTRY.register()
+    def Last(cfg, records):
+        return itertools.repeat(len(records) - 1)
+
+    own = ["SOLVER.LR_SCHEDULER_NAME", "Falling", "DATALOADER.SAMPLER_TRAIN", "Last", "SOLVER.MAX_ITER", 2]
+    cfg = small_config(tmp_path, scenes, *own, "DATASETS.TEST", "()", "TEST.BEST_METRIC", "")
+    trainer = Trainer(cfg)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == cfg.SOLVER.BASE_LR / 4
+    last = DatasetCatalog.get(TRAIN)[-1]["image_id"]
+    batches = iter(Trainer.build_train_loader(cfg))
+    assert [record["image_id"] for record in next(batches)] == [last, last]
+    batches.close()
+
+
+def test_what_only_the_installed_detectron2_knows_is_accepted(monkeypatch):
+    monkeypatch.setattr(checks, "_SCHEDULERS", ())
+    monkeypatch.setattr(checks, "_SAMPLERS", ())
+    load_config("", ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "DATALOADER.SAMPLER_TRAIN", "TrainingSampler"])
+    load_config("", ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"])  # which looks at the records
+    with pytest.raises(UserError, match="SAMPLER_TRAIN is 'NoSampler', which does not exist"):
+        load_config("", ["DATALOADER.SAMPLER_TRAIN", "NoSampler"])
 
 
 def test_layer_norm_is_known_where_detectron2_knows_it():

@@ -4,11 +4,13 @@ import pytest
 import torch
 import yaml
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fpn_d2 import add_fpn_d2_config
-from fpn_d2.engine import UserError, load_config
+from fpn_d2.engine import UserError, load_config, load_prepared, prepare_data
+from fpn_d2.engine.device import on_this_machine
 
-from .small import data_keys, small_config, write_config
+from .small import TEST, TRAIN, data_keys, small_config, write_config
 
 SECTIONS = [("GeneralizedRCNN", "ROI_HEADS")]
 SECTIONS += [(name, "RETINANET") for name in ("RetinaNet", "FPNRetinaNet", "TorchvisionRetinaNet")]
@@ -20,13 +22,43 @@ def _file(folder, text):
     return str(path)
 
 
-def test_without_a_file_the_defaults_come_back_but_for_the_device():
+def test_without_a_file_the_defaults_come_back():
     expected = get_cfg()
     add_fpn_d2_config(expected)
-    cfg = load_config()
-    if not torch.cuda.is_available():
-        expected.MODEL.DEVICE = "cpu"
-    assert cfg == expected
+    assert load_config() == expected
+
+
+def test_a_configuration_is_read_and_nothing_else_happens(tmp_path, scenes):
+    """Neither data nor a folder for outputs have to be there, and none is made."""
+    path = write_config(tmp_path / "c.yaml", scenes)
+    path.write_text(path.read_text().replace(str(scenes), "/nowhere").replace(TRAIN, "read_only"))
+    known = DatasetCatalog.list()
+    cfg = load_config(str(path))
+    assert cfg.DATASETS.TRAIN == ("read_only",) and DatasetCatalog.list() == known
+    assert cfg.MODEL.DEVICE == "cuda" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.yaml"]
+    with pytest.raises(UserError, match="read_only.*/nowhere"):
+        prepare_data(cfg, str(path))
+
+
+def test_an_evaluation_can_do_without_the_training_set(tmp_path, scenes):
+    path = write_config(tmp_path / "c.yaml", scenes)
+    gone = path.read_text().replace("instances_train.json", "gone.json").replace(TRAIN, "gone_scenes")
+    path.write_text(gone)
+    cfg = load_prepared(str(path), train=False)
+    assert "gone_scenes" not in DatasetCatalog.list()
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == len(MetadataCatalog.get(TEST).thing_classes)
+    with pytest.raises(UserError, match="'gone_scenes'.*gone.json"):
+        load_prepared(str(path))
+    with pytest.raises(UserError, match="NUM_CLASSES is 80, but the data has"):
+        load_prepared(str(path), ["MODEL.ROI_HEADS.NUM_CLASSES", "80"], train=False)
+
+
+def test_a_set_that_is_trained_and_tested_on_is_needed_to_evaluate(tmp_path, scenes):
+    path = write_config(tmp_path / "c.yaml", scenes)
+    path.write_text(path.read_text().replace("instances_val.json", "gone.json").replace(TEST, "gone_scenes"))
+    with pytest.raises(UserError, match="'gone_scenes'.*gone.json"):
+        load_prepared(str(path), ["DATASETS.TRAIN", "('gone_scenes',)"], train=False)
 
 
 def test_options_win_over_the_file_and_the_file_over_its_base(tmp_path):
@@ -109,29 +141,30 @@ def test_the_number_of_classes_of_a_model_that_is_not_built_does_not_matter(tmp_
 
 
 def test_a_builtin_set_keeps_its_classes_without_its_files():
-    cfg = load_config("", ["DATASETS.TRAIN", "('coco_2017_train',)"])
+    cfg = load_prepared("", ["DATASETS.TRAIN", "('coco_2017_train',)"])
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
-    assert load_config("", ["DATASETS.TEST", "('keypoints_coco_2017_val',)"]).MODEL.ROI_HEADS.NUM_CLASSES == 1
+    assert load_prepared("", ["DATASETS.TEST", "('keypoints_coco_2017_val',)"]).MODEL.ROI_HEADS.NUM_CLASSES == 1
 
 
 def test_data_sets_can_be_named_on_the_command_line(scenes):
     datasets = data_keys(scenes)["DATASETS"]
-    cfg = load_config("", [part for key, value in datasets.items() for part in (f"DATASETS.{key}", str(value))])
+    cfg = load_prepared("", [part for key, value in datasets.items() for part in (f"DATASETS.{key}", str(value))])
     assert cfg.DATASETS.TRAIN == tuple(datasets["TRAIN"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_device_becomes_cpu_with_a_line(caplog):
-    assert load_config("", ["MODEL.DEVICE", "cuda:0"]).MODEL.DEVICE == "cpu"
+    asked = load_config("", ["MODEL.DEVICE", "cuda:0"])
+    assert on_this_machine(asked).MODEL.DEVICE == "cpu" and asked.MODEL.DEVICE == "cuda:0"
     assert "cuda:0 becomes cpu" in caplog.text
     caplog.clear()
-    assert load_config("", ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
+    assert on_this_machine(load_config("", ["MODEL.DEVICE", "cpu"])).MODEL.DEVICE == "cpu"
     assert caplog.text == ""
 
 
 def test_loading_twice_gives_the_same(tmp_path, scenes):
     path = str(write_config(tmp_path / "c.yaml", scenes))
-    assert load_config(path) == load_config(path)
+    assert load_prepared(path) == load_prepared(path)
 
 
 def test_a_switch_after_the_options_is_named():

@@ -96,3 +96,14 @@ def test_a_signal_is_handed_on(capfd, monkeypatch, listens):
     ctrl_c.start()
     assert _run(case) == (130 if listens else 143)
     assert capfd.readouterr().err == ("" if listens else "Stopped. No checkpoint was saved.\n")
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [processes._FOR_THE_FIRST])])
+def test_under_torchrun_the_first_process_speaks_first(capfd, monkeypatch, rank, waits):
+    """The others are ended by torchrun while they wait; a mistake that only one of them meets is said all the same."""
+    waited = []
+    monkeypatch.setattr(processes.time, "sleep", waited.append)
+    for name, value in {"RANK": rank, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    say("error: the user's mistake")
+    assert (waited, capfd.readouterr().err) == (waits, "error: the user's mistake\n")

@@ -1,18 +1,21 @@
 """What each process does: checks before any work starts, Ctrl-C, and the line at the end."""
 
 import argparse
+import logging
 import signal
 import sys
 
 import pytest
+import yaml
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from fpn_d2.engine import Trainer, run
+from fpn_d2.engine import ReportingCheckpointer, Trainer, load_prepared, run
+from fpn_d2.engine.device import on_this_machine
 from fpn_d2.engine.run import _show, _train
 from fpn_d2.errors import UserError
 
-from .small import small_config
+from .small import TRAIN, small_config, write_config
 
 NO_TEST = ["DATASETS.TEST", "()", "TEST.BEST_METRIC", ""]
 
@@ -99,3 +102,63 @@ def test_a_configuration_at_home_is_found_where_detectron2_prints_it(tmp_path, s
     with pytest.raises(SystemExit):
         run(argparse.Namespace(resume=False, eval_only=False, config_file="~/c.yaml"), small_config(tmp_path, scenes))
     assert seen == [str(tmp_path / "c.yaml")]
+
+
+def _asked_for(folder, scenes, *opts):
+    cfg = load_prepared(str(write_config(folder / "config.yaml", scenes)), [str(o) for o in opts])
+    return cfg, folder / "out" / "config.yaml"
+
+
+def _runs(cfg, eval_only=False, resume=False):
+    run(argparse.Namespace(resume=resume, eval_only=eval_only, config_file=""), cfg)
+
+
+def test_config_yaml_is_what_was_asked_for_and_an_evaluation_leaves_it_alone(tmp_path, scenes, monkeypatch, capfd):
+    weights = tmp_path / "gone.pth"  # MODEL.TIMM.WEIGHTS is not read by this model
+    cfg, written = _asked_for(tmp_path, scenes, "MODEL.TIMM.WEIGHTS", weights, "SOLVER.MAX_ITER", 1)
+    asked = cfg.dump()
+    _runs(cfg)
+    assert yaml.safe_load(written.read_text()) == yaml.safe_load(asked)
+    assert "DEVICE: cuda" in asked and f"WEIGHTS: {weights}" in asked
+    before = written.read_bytes()
+    evaluated = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth", "TEST.PICTURE_IMAGES", 0]
+    cfg, _ = _asked_for(tmp_path, scenes, *evaluated)
+    _runs(cfg, eval_only=True)
+    assert written.read_bytes() == before
+    assert "PICTURE_IMAGES: 0" in (tmp_path / "out" / "log.txt").read_text()
+    assert capfd.readouterr().out.count("Results in percent") == 2  # no line comes twice
+    # In a folder of its own, an evaluation writes what it was asked for.
+    cfg, _ = _asked_for(tmp_path, scenes, *evaluated, "OUTPUT_DIR", tmp_path / "other")
+    _runs(cfg, eval_only=True)
+    assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["MODEL"]["DEVICE"] == "cuda"
+
+
+def test_an_evaluation_runs_without_the_training_set(tmp_path, scenes, capfd):
+    cfg, _ = _asked_for(tmp_path, scenes)
+    ReportingCheckpointer(Trainer.build_model(on_this_machine(cfg)), str(tmp_path)).save("weights")
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("instances_train.json", "gone.json").replace(TRAIN, "gone_scenes"))
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "weights.pth")]
+    _runs(load_prepared(str(path), opts, train=False), eval_only=True)
+    assert capfd.readouterr().out.splitlines()[-1].startswith("AP50 ")
+
+
+def test_a_finished_training_that_is_resumed_says_that_nothing_is_left(tmp_path, scenes, caplog, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.getLogger("fpn_d2.engine.run"), "warning", lambda text, *a: said.append(text % a))
+    opts = [*NO_TEST, "SOLVER.MAX_ITER"]
+    _runs(_asked_for(tmp_path, scenes, *opts, 1)[0])
+    assert said == []
+    _runs(_asked_for(tmp_path, scenes, *opts, 1)[0], resume=True)
+    assert len(said) == 1 and f"Nothing is left to train: {tmp_path}/out/model_final.pth" in said[0]
+    said.clear()
+    _runs(_asked_for(tmp_path, scenes, *opts, 2)[0], resume=True)
+    assert said == []
+
+
+def test_a_schedule_within_the_warm_up_is_warned_of(tmp_path, scenes, caplog, monkeypatch):
+    cfg, _ = _asked_for(tmp_path, scenes, *NO_TEST, "SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 100)
+    said = []
+    monkeypatch.setattr(logging.getLogger("fpn_d2.engine.run"), "warning", lambda text, *_: said.append(text))
+    _runs(cfg)
+    assert len([text for text in said if "SOLVER.WARMUP_ITERS is 100" in text]) == 1

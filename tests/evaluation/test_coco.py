@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import COCOEvaluator
@@ -116,9 +117,21 @@ def test_same_numbers_on_some_images_and_with_other_sigmas(data, tmp_path):
     assert expected["bbox"] != evaluate(COCOEvaluator, data, tmp_path / "all")["bbox"]
 
 
-def test_another_limit_of_detections_is_detectron2s(data, tmp_path):
+def test_another_limit_of_detections_gives_detectron2s_numbers(data, tmp_path, monkeypatch):
     expected = evaluate(COCOEvaluator, data, tmp_path / "official", max_dets_per_image=120)
+    assert expected["bbox"] != evaluate(COCOEvaluator, data, tmp_path / "hundred")["bbox"]
+    monkeypatch.setattr(COCOEvaluator, "_eval_predictions", None)  # what it would fall back on
     assert_same(evaluate(FastCOCOEvaluator, data, tmp_path / "fast", max_dets_per_image=120), expected)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(("asked", "limit"), [(120, 120), (100, 100), (30, 100)])
+def test_detections_per_image_above_100_reach_the_evaluator(data, tmp_path, monkeypatch, installed, asked, limit):
+    monkeypatch.setattr(evaluators, "fast_evaluation_is_there", lambda: installed)
+    cfg = get_cfg()
+    add_fpn_d2_config(cfg)
+    cfg.OUTPUT_DIR, cfg.TEST.DETECTIONS_PER_IMAGE = str(tmp_path), asked
+    assert evaluators.build_evaluator(cfg, data[0])._max_dets_per_image == [1, 10, limit]
 
 
 def test_no_predictions_at_all(data, tmp_path):
@@ -138,7 +151,6 @@ def test_a_wrong_number_of_sigmas_is_told(data, tmp_path):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_sigmas_of_the_configuration_reach_the_figures(data, tmp_path, monkeypatch, installed):
-    from detectron2.config import get_cfg
 
     monkeypatch.setattr(evaluators, "fast_evaluation_is_there", lambda: installed)
     cfg = get_cfg()
@@ -157,7 +169,6 @@ def test_sigmas_of_the_configuration_reach_the_figures(data, tmp_path, monkeypat
 
 
 def test_taken_where_it_is_installed(data, tmp_path, monkeypatch):
-    from detectron2.config import get_cfg
 
     cfg = get_cfg()
     add_fpn_d2_config(cfg)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.export import scripting_with_instances
 from detectron2.layers import ShapeSpec
@@ -399,3 +400,22 @@ def test_a_level_that_is_not_there_names_the_keys(key, names, message):
     with pytest.raises(UserError, match=message) as caught:
         build_model(cfg)
     assert isinstance(caught.value, KeyError) and not str(caught.value).startswith('"')
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"MODEL.BACKBONE.NAME": "build_fpn_backbone"},
+        {"MODEL.ROI_HEADS.NAME": "FPNROIHeads"},
+        {"MODEL.PROPOSAL_GENERATOR.NAME": "FPNRPN"},
+        {"MODEL.META_ARCHITECTURE": "FPNRetinaNet"},
+    ],
+)
+def test_a_configuration_without_our_keys_says_what_to_call(keys):
+    """As from the model zoo: `model_zoo.get_config` knows nothing of ours."""
+    zoo = "retinanet_R_50_FPN_1x" if "MODEL.META_ARCHITECTURE" in keys else "faster_rcnn_R_50_FPN_1x"
+    cfg = model_zoo.get_config(f"COCO-Detection/{zoo}.yaml")
+    cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(UserError, match=r"lacks the keys of fpn_d2: call fpn_d2.add_fpn_d2_config\(cfg\) on it first"):
+        build_model(cfg)

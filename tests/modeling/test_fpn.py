@@ -331,7 +331,7 @@ def test_average_is_of_two_maps_only():
         ({"top_down": False, "lateral": False}, ValueError, "TOP_DOWN.*LATERAL.*both False"),
         ({"out_features": ["p2", "p7"]}, ValueError, "OUT_FEATURES.*asks for p7;.*has p2, p3, p4, p5, p6"),
         ({"out_features": ["res2"]}, ValueError, "OUT_FEATURES.*asks for res2"),
-        ({"out_features": "p2"}, TypeError, "OUT_FEATURES.*list of names"),
+        ({"out_features": "p2"}, UserError, "OUT_FEATURES.*list of names"),
     ],
 )
 def test_ablation_refuses(options, error, message):

@@ -166,9 +166,9 @@ def test_not_finite_is_an_error_with_one_level_too(levels):
 
 def test_wrong_number_of_maps_or_images():
     pooler = PyramidROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2")
-    with pytest.raises(UserError, match="got 3 maps"):
+    with pytest.raises(ValueError, match="got 3 maps"):
         pooler(maps((2, 3, 4)), box_lists())
-    with pytest.raises(UserError, match="boxes of 1 images and maps of 2"):
+    with pytest.raises(ValueError, match="boxes of 1 images and maps of 2"):
         pooler(maps((2, 3)), box_lists((4,)))
 
 

@@ -1,8 +1,10 @@
 """timm models as bottom-up pathways: maps, layouts, weights, preprocessing, freezing, norms, checkpointing."""
 
+import http.server
 import math
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from torch import nn
 from fpn_d2 import add_fpn_d2_config
 from fpn_d2.errors import UserError
 from fpn_d2.modeling import TimmBackbone, expected_preprocessing
-from fpn_d2.modeling.bottom_up import timm_backbone
+from fpn_d2.modeling.bottom_up import timm_backbone, timm_download
 from fpn_d2.modeling.bottom_up.names import find_bottom_up
 
 timm = pytest.importorskip("timm")
@@ -140,7 +142,7 @@ def test_what_the_model_declares_is_checked(monkeypatch, channels, stride):
     ],
 )
 def test_construction_refuses(name, options, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         TimmBackbone(name, **options)
 
 
@@ -239,9 +241,61 @@ def test_expected_preprocessing_is_in_units_of_255():
 
 def test_pretrained_asks_timm_for_its_weights(monkeypatch):
     asked = []
+    monkeypatch.setattr(timm_download, "_unreachable", lambda address: "")
     monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda model, **_: asked.append(type(model).__name__))
     build("resnet18", pretrained=True)
     assert asked == ["ResNet"]
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence_without_a_try_of_timms(monkeypatch):
+    asked = []
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *_, **__: asked.append("tried"))
+    monkeypatch.setattr(timm_download, "_unreachable", lambda address: f"no way to {address}")
+    told = r"TIMM.PRETRAINED is True, but timm cannot download the weights of resnet18 .*no way to https?://\S+\): .*"
+    with pytest.raises(UserError, match=told + "MODEL.TIMM.WEIGHTS and set MODEL.TIMM.PRETRAINED to False"):
+        build("resnet18", pretrained=True)
+    assert asked == []
+
+
+def test_a_download_that_breaks_off_is_one_sentence(monkeypatch):
+    def broken(*_, **__):
+        raise ConnectionError("the line is\ncut")
+
+    monkeypatch.setattr(timm_download, "_unreachable", lambda address: "")
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", broken)
+    with pytest.raises(UserError, match=r"weights of resnet18 \(the line is cut\): .*MODEL.TIMM.WEIGHTS"):
+        build("resnet18", pretrained=True)
+
+
+def test_what_was_downloaded_before_needs_no_network(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    weights = timm.create_model("resnet18", num_classes=1000).state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+
+    def cached(repository, name, revision):
+        assert repository.startswith("timm/resnet18")
+        return str(tmp_path / name) if (tmp_path / name).exists() else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(timm_download, "_unreachable", lambda address: "no network")
+    built = build("resnet18", pretrained=True).state_dict()
+    torch.testing.assert_close(built["body.layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+
+
+def test_any_answer_of_a_server_will_do_and_none_is_told():
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        address = f"http://127.0.0.1:{server.server_port}/weights"
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert timm_download._unreachable(address) == ""
+    assert "refused" in timm_download._unreachable(address)
+    assert timm_download._unreachable("file:///weights") == ""
 
 
 # ---- Freezing, norms, checkpointing -----------------------------------------------------------------------------

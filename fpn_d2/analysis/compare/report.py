@@ -38,7 +38,8 @@ class Table:
 def write_report(result: dict, folder: Path) -> None:
     """Write compare.json and compare.html into ``folder``, each whole or not at all."""
     write_atomically(str(folder / "compare.json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
-    html = page(result, headline(result), tables(result), figures(result), [all_of_the_zoo()])
+    appendices = [all_of_the_zoo()] if any(result["published"]["zoo"]["rows"].values()) else []
+    html = page(result, headline(result), tables(result), figures(result), appendices)
     write_atomically(str(folder / "compare.html"), html)
 
 
@@ -80,6 +81,10 @@ def headline(result: dict) -> str:
 
 def verdict(parity: dict) -> str:
     """The outcome of the comparison of outputs, in a sentence."""
+    if not parity["same_model"]:
+        part = parity["first_beyond"]
+        where = f", from the stage {part} on" if part else ""
+        return f"Outputs: not compared, since A and B are two models with tensors of their own{where}"
     if parity["first_unequal"] is None:
         return "Outputs: equal, bit for bit, in every stage"
     if parity["first_beyond"] is None:
@@ -114,8 +119,8 @@ def _parts(result: dict) -> Table:
 
 def _parity(result: dict) -> Table:
     parity = result["parity"]
-    rows = []
-    for stage, found in parity["stages"].items():
+    rows: list[list[str]] = []
+    for stage, found in parity["stages"].items() if parity["same_model"] else ():
         rows.append([stage, "all", _small(found["max_abs"]), _small(found["max_rel"]), _judged(found), ""])
         for row in parity["rows"]:
             if row["stage"] == stage:
@@ -153,7 +158,7 @@ def _small(value: float | None) -> str:
 
 
 def _times(result: dict, kind: str) -> Table:
-    rows = []
+    rows, others = [], [label for measured in result[kind][:1] for label in measured["times_as_fast"]]
     for measured in result[kind]:
         height, width = measured["size"]
         for label, seconds in measured["seconds"].items():
@@ -162,10 +167,11 @@ def _times(result: dict, kind: str) -> Table:
             row += [f"{seconds['median'] * 1e3:.1f}", f"{low * 1e3:.1f} to {high * 1e3:.1f}"]
             if kind == "inference":
                 row += [f"{measured['images_per_second'][label]:.2f}", f"{measured['detections_per_image'][label]:g}"]
-            rows.append(row + _ratio(measured["times_as_fast"].get(label)))
+            first = label not in others
+            rows.append(row + [_ratio(measured["times_as_fast"][other]) if first else "" for other in others])
     title = {"inference": "Inference", "training": "Training step: forward, backward, optimizer"}[kind]
     more = ["images/s", "detections/image"] if kind == "inference" else []
-    headers = ["image", "batch", "", "median ms", "quartiles", *more, "speed-up of A", "quartiles"]
+    headers = ["image", "batch", "", "median ms", "quartiles", *more, *(f"times as fast as {x}" for x in others)]
     note = (
         f"{result['settings']['rounds']} rounds in turn after {result['settings']['warmup']} to warm up"
         f"{', each column in a process of its own' if result['engines'] and kind == 'inference' else ''}. Speed-up: "
@@ -174,10 +180,8 @@ def _times(result: dict, kind: str) -> Table:
     return Table(title, headers, rows, note)
 
 
-def _ratio(ratio: dict | None) -> list[str]:
-    if ratio is None:
-        return ["", ""]
-    return [f"{ratio['median']:.2f}x", f"{ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f}"]
+def _ratio(ratio: dict) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f})"
 
 
 def _memory(result: dict) -> Table:

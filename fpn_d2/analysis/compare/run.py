@@ -129,7 +129,10 @@ def run_compare(a: str, b: str, plan: Plan = Plan(), command: str = "", progress
     """
     plan.check()
     opts = {"A": [*plan.opts, *plan.opts_a], "B": [*plan.opts, *plan.opts_b]}
-    configs = [(name, *read_config(name, opts[label], plan.device)) for label, name in (("A", a), ("B", b))]
+    configs = [
+        (name, *read_config(name, opts[label], plan.device, data=plan.data, weights=plan.weights))
+        for label, name in (("A", a), ("B", b))
+    ]
     devices = {label: cfg.MODEL.DEVICE for label, (_, _, cfg) in zip("AB", configs, strict=True)}
     if len(set(devices.values())) > 1:
         raise UserError(f"MODEL.DEVICE of A is {devices['A']}, that of B {devices['B']}: name one with --device")
@@ -264,6 +267,7 @@ class _Comparison:
         settings = {key: [_value(model.cfg, key) for model in self.pair] for key in _INPUT_KEYS}
         return {
             "images": images,
+            "same_model": _same_parameters(*self.pair),
             "input_settings": {key: [a, b] for key, (a, b) in settings.items() if a != b},
             "tolerance": vars(parity.Tolerance()),
             **parity.summarise(parity.compare(*stages)),
@@ -362,6 +366,15 @@ class _Comparison:
                 "rows": {row["config"]: row for name in sorted(names) for row in mmdet_rows(name)},
             },
         }
+
+
+def _same_parameters(a: Model, b: Model) -> bool:
+    """Whether the two have the same tensors: names and shapes. Counters of batches have no part in it."""
+    named = [
+        {k: v.shape for k, v in model.network.state_dict().items() if not k.endswith("num_batches_tracked")}
+        for model in (a, b)
+    ]
+    return named[0] == named[1]
 
 
 def _value(cfg: CfgNode, key: str) -> object:

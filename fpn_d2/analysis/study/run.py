@@ -94,7 +94,7 @@ def run_study(
         UserError: a variant, seed or number makes no sense, the folder holds runs with other settings, or runs have
             failed; the others have finished and are in the table.
     """
-    folder = writable_folder(folder)
+    folder = Path(folder).expanduser()
     available = variants_in(configs)
     names = list(variants or available)
     unknown = [name for name in names if name not in available]
@@ -115,6 +115,7 @@ def run_study(
     for keys in settings.values():
         keys |= _circumstances(keys)
 
+    writable_folder(folder)
     tasks = []
     for seed in seeds:
         made = make_scenes(folder / "scenes" / f"seed_{seed}", seed=seed, progress=sys.stderr.isatty(), **scenes)

@@ -24,7 +24,8 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, default_setup
 from detectron2.utils.events import EventStorage
 
-from fpn_d2.engine import Trainer, load_config
+from fpn_d2.engine import Trainer, load_prepared
+from fpn_d2.engine.device import on_this_machine
 from fpn_d2.engine.precision import build_inner_trainer
 from fpn_d2.evaluation.size_ap import ap_by_size
 from fpn_d2.files import write_atomically
@@ -40,14 +41,14 @@ def train(task: dict) -> dict:
     """Train and evaluate one variant with one seed.
 
     Args:
-        task: "config" and "opts" as for `load_config`; "annotations": COCO file of the test set; "edges": see
+        task: "config" and "opts" as for `load_prepared`; "annotations": COCO file of the test set; "edges": see
             `ap_by_size`.
 
     Returns:
         What was measured: AP in percent, parameters, multiply-adds of an image, peak of memory in MB by which the
         training raised it (of the process, or of the GPU's tensors).
     """
-    cfg = load_config(task["config"], task["opts"])
+    cfg = on_this_machine(load_prepared(task["config"], task["opts"]))
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(resume=False, eval_only=False))
     before = _memory(cfg, "VmRSS")
@@ -80,7 +81,7 @@ def compare_times(task: dict) -> dict:
     """
     trainers = []
     for prefix in ("", "reference_"):
-        cfg = load_config(task[prefix + "config"], task[prefix + "opts"])
+        cfg = on_this_machine(load_prepared(task[prefix + "config"], task[prefix + "opts"]))
         cfg.freeze()
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         torch.manual_seed(0)

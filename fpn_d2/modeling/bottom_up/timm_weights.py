@@ -11,6 +11,8 @@ from torch import nn
 from fpn_d2.checkpoint.reading import read_weights
 from fpn_d2.errors import UserError
 
+from .timm_download import cannot_download, find_pretrained
+
 PREPROCESSING = ("refuse", "ignore")
 
 
@@ -51,10 +53,15 @@ def create_model(name: str, options: dict, **more) -> nn.Module:
     """Call ``timm.create_model``.
 
     Raises:
-        UserError: the model cannot be made so, because it has no feature maps or knows no such option.
+        UserError: the model cannot be made so, because it has no feature maps or knows no such option, or its weights
+            cannot be downloaded.
     """
     try:
         return require_timm().create_model(name, **(options | more))
+    except OSError as error:
+        if not more.get("pretrained"):
+            raise
+        raise cannot_download(name, " ".join(str(error).split())) from error
     except (TypeError, AttributeError, AssertionError, RuntimeError, KeyError, IndexError) as error:
         asked = ", ".join(
             f"{key}={value!r}" for key, value in (options | more).items() if key != "pretrained_cfg_overlay"
@@ -78,10 +85,11 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
         weights: a file in timm's format for this model, .safetensors or .pth; empty: none.
 
     Raises:
-        UserError: both are asked for, there is no such file, or it does not fit the model.
+        UserError: both are asked for, there is no such file, it does not fit the model, or nothing can be downloaded.
     """
     if not weights:
-        return {"pretrained": pretrained}
+        downloaded = find_pretrained(name, pretrained_cfg(name)) if pretrained else ""
+        return {"pretrained": pretrained} | ({"pretrained_cfg_overlay": {"file": downloaded}} if downloaded else {})
     if pretrained:
         raise UserError("MODEL.TIMM.PRETRAINED is True and MODEL.TIMM.WEIGHTS is a file; set only one of them")
     if not os.path.isfile(weights):

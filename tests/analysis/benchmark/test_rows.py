@@ -12,7 +12,6 @@ from fpn_d2.analysis.benchmark import parts as benchmark_parts
 from fpn_d2.analysis.benchmark.line import Check, Ours, Timing, Work, equal_check, line, map_check, time_lines
 from fpn_d2.analysis.measure import peak
 from fpn_d2.data import enlarge
-from fpn_d2.errors import UserError
 from fpn_d2.fast.roi_align.roi_align import VARIABLE
 from fpn_d2.modeling.rpn import FPNRPN
 
@@ -73,7 +72,7 @@ def test_map_check_takes_the_worst_map_by_its_own_scale():
     assert check.difference == pytest.approx(0.05) and not check.within
     assert map_check("maps", theirs, [theirs[0] + 1, theirs[1]], 0.04).within
     assert not map_check("maps", theirs, [theirs[0] * float("nan"), theirs[1]], 0.04).within
-    with pytest.raises(UserError, match="maps: Detectron2's have the shapes"):
+    with pytest.raises(ValueError, match="maps: Detectron2's have the shapes"):
         map_check("maps", theirs, theirs[:1], 0.04)
 
 
@@ -257,7 +256,7 @@ def test_training_memory(config, monkeypatch):
 
 def test_training_memory_needs_detectron2s(config, monkeypatch):
     monkeypatch.setattr(benchmark_detector, "peak_in_child", lambda worker, task: "it ran out")
-    with pytest.raises(UserError, match="Detectron2's detector: it ran out"):
+    with pytest.raises(ValueError, match="Detectron2's detector: it ran out"):
         benchmark_detector.training_memory(ONCE, config=config)
 
 
@@ -307,7 +306,7 @@ def test_evaluation(monkeypatch):
         return found
 
     monkeypatch.setattr(benchmark_data.FastCOCOEvaluator, "evaluate", off)
-    with pytest.raises(UserError, match="give other figures: figures 0.001 points"):
+    with pytest.raises(ValueError, match="give other figures: figures 0.001 points"):
         benchmark_data.evaluation(ONCE, images=2, classes=2, detections=5)
     monkeypatch.setattr(benchmark_data, "fast_evaluation_is_there", lambda: False)
     (one,) = benchmark_data.evaluation(ONCE)

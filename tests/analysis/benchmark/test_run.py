@@ -167,7 +167,7 @@ def test_no_file_is_left_half_written(tmp_path, three_rows, monkeypatch):
     run(tmp_path, Recorder())
     before = (tmp_path / "one.json").read_text()
     monkeypatch.setattr(os, "replace", disk_full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         run(tmp_path, Recorder(), repeat=True)
     monkeypatch.setattr(os, "replace", real)
     assert (tmp_path / "one.json").read_text() == before

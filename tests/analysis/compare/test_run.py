@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from fpn_d2 import cli
@@ -129,9 +130,11 @@ def test_page_holds_the_figures_and_needs_nothing_else(folder, result):
     for row in [*result["inference"], *result["training"]]:
         for seconds in row["seconds"].values():
             assert f"{seconds['median'] * 1e3:.1f}" in page.cells
-        assert f"{row['times_as_fast']['B']['median']:.2f}x" in page.cells
+        ratio = f"{row['times_as_fast']['B']['median']:.2f}x ("
+        place = next(i for i, cell in enumerate(page.cells) if cell.startswith(ratio))
+        assert page.cells[place - (5 if row in result["inference"] else 3)] == "A"  # in whose row it stands
     assert f"{result['models'][0]['macs']['total'] / 1e9:.4g}" in page.cells
-    assert "COCO-Detection/retinanet_R_50_FPN_1x" in page.cells  # the whole zoo, folded up
+    assert "COCO-Detection/retinanet_R_50_FPN_1x" not in page.cells  # the zoo, of which neither config is
     assert len(page.images) == 5
     for image in page.images:
         assert image["alt"] and "<svg" in base64.b64decode(image["src"].split(",", 1)[1]).decode()
@@ -250,7 +253,7 @@ def test_numbers_that_are_not_finite_become_null(config, tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_never_written(result, tmp_path):
-    with pytest.raises(UserError, match="Out of range float"):
+    with pytest.raises(ValueError, match="Out of range float"):
         write_report(result | {"ap": {"A": {"set": {"bbox": {"AP": float("nan")}}}}}, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -454,6 +457,32 @@ def test_memory_in_a_process_of_its_own(config, folder):
         # Gradients and momentum of 11 million parameters are 85 MB of the training step.
         assert 80 < row["training"][label] < 400
         assert 1 < row["inference"][label] < row["training"][label]
+
+
+def test_two_architectures_have_no_table_of_differences(config, folder):
+    plan = Plan(**QUICK | {"opts_b": ["MODEL.FPN.NECK", "PAFPN"], "rounds": 1}, output=str(folder / "two"))
+    found = run_compare(config, config, plan, progress=False)
+    shown = text(found) + (folder / "two" / "compare.html").read_text()
+    assert "Outputs: not compared, since A and B are two models" in shown and "from the stage pyramid on" in shown
+    assert "DIFFERS" not in shown.replace(".differs", "") and "Outputs, stage by stage" not in shown
+    assert "times as fast as B" in shown and "Detectron2's model zoo, as published" not in shown
+
+
+def test_nothing_is_registered_or_written_unless_asked_for(config, tmp_path, with_data):
+    """The number of classes is the checkpoint's then, where the configuration leaves it to the data."""
+    _, opts, weights = with_data
+    own = tmp_path / "own.yaml"
+    own.write_text(Path(config).read_text().replace("NUM_CLASSES: 5", ""))
+    known = DatasetCatalog.list()
+    opts = [part.replace("compare_scenes", "never_registered") for part in opts]
+    opts += ["OUTPUT_DIR", str(tmp_path / "data")]
+    model = torch.load(weights, weights_only=True)["model"]
+    held = {"fpn_d2": {"format": 1, "classes": {"thing_classes": list("abcdef")}}}
+    torch.save({"model": model, **held}, tmp_path / "own.pth")
+    changed = {"opts_b": [], "opts": opts, "weights": str(tmp_path / "own.pth"), "output": str(tmp_path / "out")}
+    found = run_compare(str(own), str(own), Plan(**QUICK | changed), progress=False)
+    assert found["weights"]["unmatched"]["A"] == {"not_loaded": [], "not_used": []}  # six classes, not 80
+    assert DatasetCatalog.list() == known and not (tmp_path / "data").exists()
 
 
 def test_command_line_tells_a_mistake_in_one_line(config, capsys):

@@ -85,7 +85,7 @@ def test_nothing_to_time_is_refused(calls, rounds, warmup):
 def test_spread():
     assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "n": 5}
     assert spread([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "n": 1}
-    with pytest.raises(UserError, match="no values"):
+    with pytest.raises(ValueError, match="no values"):
         spread([])
 
 

@@ -38,7 +38,7 @@ def test_tables_are_transcribed():
     assert (two["config"], two["train_s_per_iter"], two["box_AP"], two["weights"]) == ("Misc/two", None, None, None)
     assert three["PQ"] == 41.5 and "box_AP" not in three
     assert transcribe(TABLES, "abc")["source"].endswith("/blob/abc/MODEL_ZOO.md")
-    with pytest.raises(UserError, match="a column 'luck'"):
+    with pytest.raises(ValueError, match="a column 'luck'"):
         transcribe(TABLES.replace("<th>PQ</th>", "<th>luck</th>"), "abc")
 
 

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpn_d2.errors import UserError
 from fpn_d2.fast.roi_align import compiled_roi_align, pyramid_roi_align, torch_roi_align
 
 from .reference import SCALES, edge_rois, make_maps, random_rois, slow_roi_align, with_gradients
@@ -343,5 +342,5 @@ def test_mistakes(change, message):
     }
     pyramid_roi_align(**arguments)
     change(arguments)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         pyramid_roi_align(**arguments)
