@@ -12,6 +12,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
+from fpn_d2.config import require_keys
 from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics, speed_up
 from fpn_d2.fast.guard import of_class
@@ -54,6 +55,7 @@ class FPNRPN(RPN):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         """Read ``cfg.MODEL.RPN``."""
+        require_keys(cfg)
         return super().from_config(cfg, input_shape) | {
             "level_loss_weights": cfg.MODEL.RPN.LEVEL_LOSS_WEIGHTS,
             "numerics": numerics(cfg),
