@@ -17,6 +17,7 @@ from fpn_d2.data.coco_annotations import CheckOptions
 from fpn_d2.data.defects import STOP
 from fpn_d2.data.image_loading import read_image
 from fpn_d2.errors import UserError, one_line, shown
+from fpn_d2.files import writable_folder
 from fpn_d2.inference.drawing import colour, draw, write
 
 _WIDTH, _COLUMNS, _GAP = 1480, 4, 4  # pixels of the picture; images beside each other; pixels between them
@@ -77,7 +78,7 @@ def show_set(data: Scored, rule: Rule, output: str, count: int = 12, seed: int |
     if count and data.files and os.path.isfile(data.files[0]):
         rows.append(samples(data, count, seed))
     picture = np.vstack(rows)
-    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    writable_folder(os.path.dirname(os.path.abspath(output)))
     if not cv2.imwrite(output, picture, [] if ending == ".png" else [cv2.IMWRITE_JPEG_QUALITY, 85]):
         raise UserError(f"the picture {os.path.abspath(output)} cannot be written")
     return words(data, rule)

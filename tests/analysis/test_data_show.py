@@ -92,10 +92,10 @@ def test_the_example_in_help_runs(here, capsys):
 
 
 def test_mistakes_are_said(here, capsys):
-    assert cli.main(["data", "show", "my/trian.json", "--output", "a.jpg"]) == 1
+    assert cli.main(["data", "show", "my/trian.json", "--output", "a.jpg"]) == 2
     assert "did you mean train.json" in capsys.readouterr().err
-    assert cli.main(["data", "show", "my/train.json", "--output", "a.gif"]) == 1
+    assert cli.main(["data", "show", "my/train.json", "--output", "a.gif"]) == 2
     assert "call it .jpg or .png" in capsys.readouterr().err
     (here / "bad.json").write_text(json.dumps({"images": COCO["images"]}))
-    assert cli.main(["data", "show", "bad.json", "--output", "a.jpg"]) == 1
+    assert cli.main(["data", "show", "bad.json", "--output", "a.jpg"]) == 2
     assert "cannot be shown" in capsys.readouterr().err and not (here / "a.jpg").exists()

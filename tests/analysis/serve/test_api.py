@@ -276,7 +276,7 @@ def test_what_was_let_in_is_answered_after_sigterm(checkpoint, scenes):
 
 
 def test_mistakes_are_said_before_anything_is_served(server, capsys):
-    assert cli.main(["serve", str(server.checkpoint), "--port", str(server.port), "--device", "cpu"]) == 1
+    assert cli.main(["serve", str(server.checkpoint), "--port", str(server.port), "--device", "cpu"]) == 2
     assert "cannot listen at 127.0.0.1" in capsys.readouterr().err
-    assert cli.main(["serve", str(server.checkpoint), "--queue", "0", "--device", "cpu"]) == 1
+    assert cli.main(["serve", str(server.checkpoint), "--queue", "0", "--device", "cpu"]) == 2
     assert "queue is 0" in capsys.readouterr().err
