@@ -21,7 +21,7 @@ from fpn_d2.analysis.levels.report import report_levels
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.data.image_loading import read_image
 from fpn_d2.errors import UserError, one_line
-from fpn_d2.files import write_atomically
+from fpn_d2.files import writable_folder, write_atomically
 from fpn_d2.inference.drawing import draw
 
 from .figures import curves, themed_svg
@@ -67,7 +67,7 @@ def report_run(
         "Configuration": _configuration(run),
         "Environment": _environment(run),
     }
-    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    writable_folder(os.path.dirname(os.path.abspath(output)))
     name = os.path.basename(os.path.abspath(folder))
     write_atomically(output, page(f"Run {name}", tiles(_figures(run)), sections))
     return output
