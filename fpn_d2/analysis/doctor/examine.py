@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from fpn_d2.analysis.errors.detections import Objects, Scored
 from fpn_d2.engine import load_prepared
 from fpn_d2.engine.checks import check_data_files
+from fpn_d2.engine.device import on_this_machine
 from fpn_d2.errors import UserError
 from fpn_d2.files import write_atomically
 
@@ -27,7 +28,7 @@ def examine(config: str, opts: list[str]) -> tuple[CfgNode, list[Advice]]:
     Raises:
         UserError: something in the configuration is wrong, or it names no data to train on.
     """
-    cfg = load_prepared(config, opts)
+    cfg = on_this_machine(load_prepared(config, opts), warn=False)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"{config} names nothing to train on: set DATASETS.TRAIN")
     check_data_files(cfg, train=True)
