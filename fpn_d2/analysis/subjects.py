@@ -19,7 +19,7 @@ from fpn_d2.config_names import find_config
 from fpn_d2.engine import ReportingCheckpointer, UserError, load_config, prepare_data
 from fpn_d2.engine.device import on_this_machine
 from fpn_d2.engine.numbers import missing_maps_are_told
-from fpn_d2.engine.prepare import num_classes_left_open
+from fpn_d2.engine.prepare import WITH_CLASSES, num_classes_left_open
 
 _SEED = 0
 _BOXES = 8  # objects of a random image
@@ -85,6 +85,11 @@ def read_config(
         for section in num_classes_left_open(path, opts):
             cfg.MODEL[section].NUM_CLASSES = len(classes)
     return path, on_this_machine(cfg)
+
+
+def number_of_classes(cfg: CfgNode) -> list[str]:
+    """KEY value pairs with which another process reads the same number of classes, which data may have given."""
+    return [part for key in WITH_CLASSES for part in (f"MODEL.{key}.NUM_CLASSES", str(cfg.MODEL[key].NUM_CLASSES))]
 
 
 def build_pair(configs: tuple[tuple[str, str, CfgNode], tuple[str, str, CfgNode]], weights: str) -> tuple[Model, Model]:

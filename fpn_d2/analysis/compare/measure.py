@@ -14,11 +14,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from fpn_d2.engine.optimizer import build_optimizer
 from fpn_d2.engine.precision import build_inner_trainer
-from fpn_d2.engine.prepare import WITH_CLASSES
 
 from ..measure.memory import peak_in_child, peak_on_gpu
 from ..measure.timing import Call, Stopwatch, cuda_stopwatch, paired, stopwatch, summarise
-from ..subjects import Model, random_batch
+from ..subjects import Model, number_of_classes, random_batch
 
 MEMORY_WORKER = "fpn_d2.analysis.compare.memory_worker"  # it imports this file
 TORCHVISION = "torchvision"
@@ -136,12 +135,11 @@ def peak_memory(model: Model, mode: str, size: Size, number: int, opts: list[str
             call = inference_call(model.runner, batch)
         peak: float | str = peak_on_gpu(call, device)
     else:
-        classes = [(f"MODEL.{key}.NUM_CLASSES", str(model.cfg.MODEL[key].NUM_CLASSES)) for key in WITH_CLASSES]
         peak = peak_in_child(
             MEMORY_WORKER,
             {
                 "config": model.path,
-                "opts": [*opts, *(part for pair in classes for part in pair)],  # they may come from data
+                "opts": [*opts, *number_of_classes(model.cfg)],
                 "weights": weights,
                 "mode": mode,
                 "size": size,

@@ -167,15 +167,15 @@ def _times(result: dict, kind: str) -> Table:
             row += [f"{seconds['median'] * 1e3:.1f}", f"{low * 1e3:.1f} to {high * 1e3:.1f}"]
             if kind == "inference":
                 row += [f"{measured['images_per_second'][label]:.2f}", f"{measured['detections_per_image'][label]:g}"]
-            first = label not in others
-            rows.append(row + [_ratio(measured["times_as_fast"][other]) if first else "" for other in others])
+            ratios = {} if label in others else measured["times_as_fast"]
+            rows.append(row + [_ratio(ratios[other]) if other in ratios else "" for other in others])
     title = {"inference": "Inference", "training": "Training step: forward, backward, optimizer"}[kind]
     more = ["images/s", "detections/image"] if kind == "inference" else []
     headers = ["image", "batch", "", "median ms", "quartiles", *more, *(f"times as fast as {x}" for x in others)]
     note = (
         f"{result['settings']['rounds']} rounds in turn after {result['settings']['warmup']} to warm up"
-        f"{', each column in a process of its own' if result['engines'] and kind == 'inference' else ''}. Speed-up: "
-        "median of the ratios of the pairs, this time by A's."
+        f"{', each column in a process of its own' if result['engines'] and kind == 'inference' else ''}. Times as "
+        "fast: median and quartiles of the ratios of the pairs, the other's time by A's."
     )
     return Table(title, headers, rows, note)
 

@@ -15,7 +15,7 @@ from fpn_d2.inference.export.engines import open_engine
 
 from .. import parity
 from ..exported import TOLERANCE, eager_stages, stages_of
-from ..subjects import Model, random_batch
+from ..subjects import Model, number_of_classes, random_batch
 
 # By its name: what runs the file, and in which data type.
 ENGINES = {
@@ -122,7 +122,7 @@ def model_task(model: Model, opts: Sequence[str], optimize: str, size: Sequence[
     return {
         "threads": torch.get_num_threads(),
         "config": model.path,
-        "opts": list(opts),
+        "opts": [*opts, *number_of_classes(model.cfg)],
         "state": str(state),
         "optimize": optimize,
         "size": list(size),
