@@ -308,7 +308,7 @@ MISTAKES = {
     "convert-torchvision nowhere.pth out.pth": r"no weight file nowhere\.pth",
     "convert-weights weights.pth file/out.pth": "cannot write .*/file: File exists",
     "study --output file/below": "cannot write .*/file/below: Not a directory",
-    "compare coco.yaml nowhere": "nowhere is neither a file",
+    "compare coco.yaml nowhere": "no configuration file nowhere: looked for",
     "compare coco.yaml coco.yaml --output file/below": "cannot write .*/file/below: Not a directory",
     "cost-curves --device foo": "the device is 'foo'; it must be cpu, cuda",
     "cost-curves --output file --largest 64": "cannot write .*/file: File exists",

@@ -488,7 +488,7 @@ def test_nothing_is_registered_or_written_unless_asked_for(config, tmp_path, wit
 def test_command_line_tells_a_mistake_in_one_line(config, capsys):
     assert cli.main(["compare", config, "COCO-Detection/no_such"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: COCO-Detection/no_such is neither a file") and told.count("\n") == 1
+    assert told.startswith("error: no configuration file COCO-Detection/no_such") and told.count("\n") == 1
 
 
 def test_command_line_does_what_it_says(config, folder, capsys):
