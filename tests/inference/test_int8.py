@@ -14,6 +14,7 @@ from tests.inference.runners import run_alone
 from tests.inference.test_export import CLASSES, SMALLEST, build, config
 
 openvino = pytest.importorskip("openvino")
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def test_last_layers_and_what_works_with_boxes_stay_in_float32():
@@ -39,6 +40,36 @@ def test_last_layers_and_what_works_with_boxes_stay_in_float32():
     kept = set(kept_in_float32(model))
     assert {"scores", "boxes", "decoded", "best", pooled.get_friendly_name(), "last", "softmax", "relu"} <= kept
     assert not {"shift", "first", "head", "flat", "hidden"} & kept
+
+
+def test_layers_that_cost_too_much_get_their_float32_back():
+    pytest.importorskip("nncf")
+    from openvino import opset13 as op
+
+    from fpn_d2.inference.export.int8 import kept_in_float32, layers_in_float32, quantized, quantized_within
+
+    rng = np.random.default_rng(0)
+    x = image = op.parameter([1, 4, 8, 8], np.float32, name="images")
+    image.output(0).set_names({"images"})
+    for scale in (1.0, 1.0, 1.0, 1.0):
+        weight = op.constant((scale * rng.standard_normal((4, 4, 3, 3)) / 6).astype(np.float32))
+        x = op.relu(op.convolution(x, weight, [1, 1], [1, 1], [1, 1], [1, 1]))
+    model = openvino.Model([x.output(0)], [image])
+    items = [rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(4)]
+    core = openvino.Core()
+    exact = core.compile_model(model, "CPU", FLOAT32)
+    expected = {item.tobytes(): exact(item)[0] for item in items}
+
+    def validate(compiled, some) -> float:
+        return 1 - max(float(np.abs(compiled(item)[0] - expected[item.tobytes()]).max()) for item in some)
+
+    kept = kept_in_float32(model)
+    all_of_it = quantized(model, items, lambda item: {"images": item}, kept)
+    drop = 1 - validate(core.compile_model(all_of_it, "CPU", FLOAT32), items)
+    assert layers_in_float32(all_of_it) == (1, 4) and drop > 0
+    found = quantized_within(model, items, lambda item: {"images": item}, kept, items, validate, drop / 2)
+    assert layers_in_float32(found)[0] > 1
+    assert 1 - validate(core.compile_model(found, "CPU", FLOAT32), items) <= drop / 2 + 1e-6
 
 
 def data_set(folder, images: int) -> None:
