@@ -110,5 +110,6 @@ def test_the_quickstart_from_an_empty_folder(installed, tmp_path):
     for words in (own_data, swap):
         assert build_parser().parse_args(words[1:]).verb == "train"
     assert ["MODEL.BACKBONE.NAME", "build_fpn_backbone"] == swap[-4:-2]
+    assert """ DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)" """ in shown  # as a person writes it
     assert "own_data/faster_rcnn_R_18_FPN_from_scratch.yaml" in own_data
     assert run(*predict, cwd=folder, **env).startswith("2 images: output/quickstart/predictions/")

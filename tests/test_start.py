@@ -85,6 +85,20 @@ def test_names_and_modules_are_there_at_their_first_use():
     assert "function load" in lines[3] and "function swap" in lines[3]
 
 
+def test_nobody_is_warned_of_what_libraries_do():
+    """The words of Detectron2's and fvcore's calls, and one that has to be seen."""
+    told = [
+        ("`torch.jit.script` is deprecated. Please switch to", "FutureWarning"),
+        ("torch.meshgrid: in an upcoming release, it will be required", "UserWarning"),
+        ("The given NumPy array is not writable, and PyTorch does not support", "UserWarning"),
+        ("something else", "UserWarning"),
+    ]
+    calls = "".join(f"; warnings.warn({text!r}, {kind})" for text, kind in told)
+    logged = "; logging.getLogger('torch.utils.cpp_extension').warning('No CUDA runtime is found, using CUDA_HOME=/')"
+    done = _run("-S", "-c", f"import fpn_d2.cli, logging, warnings{calls}{logged}")
+    assert len(done.stderr.splitlines()) == 1 and "something else" in done.stderr
+
+
 def test_no_verb_starts_with_a_warning():
     done = _run("-m", "fpn_d2.cli", "train", "--config-file", "nowhere.yaml")
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1, done.stderr

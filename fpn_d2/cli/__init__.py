@@ -57,8 +57,13 @@ VERBS = (
 # A process of a training imports this first, and for seconds nothing else that would handle signals.
 if multiprocessing.current_process().name.startswith("process "):
     train.end_quietly_during_the_start()
-# Of code below us, at its import; nothing that a user could change.
-warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+# Of code below us, when it is imported or first run; nothing that a user could change.
+for _message in (
+    ".*torch.jit.script.* is deprecated",
+    "torch.meshgrid: in an upcoming release",
+    "The given NumPy array is not writable",
+):
+    warnings.filterwarnings("ignore", message=_message)
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in str(record.msg))
 
 

@@ -51,7 +51,12 @@ def quickstart(
     start(Command(config_file=config_file(CONFIG), opts=[*places, *opts]))
     say(f"done: {output} has the weights, the log and the picture. What you may want to type next:")
     for what, words in next_commands(output, program):
-        print(f"\n# {what}\n{shlex.join(words)}")
+        print(f"\n# {what}\n{' '.join(map(quoted, words))}")
+
+
+def quoted(word: str) -> str:
+    """A word as a person would write it in a shell: lists of names in double quotes."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def say(*lines: str) -> None:
