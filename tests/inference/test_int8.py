@@ -116,8 +116,8 @@ def test_images_to_calibrate_with_have_to_be_named(tmp_path, capsys):
     torch.save({"model": build(SMALLEST).state_dict()}, folder / "weights.pth")
     (folder / "config.yaml").write_text(config(SMALLEST).dump())
     command = ["export", str(folder / "weights.pth"), "--to", "openvino-int8", "--output", str(tmp_path / "out")]
-    assert cli.main(command) == 1
+    assert cli.main(command) == 2
     assert "openvino-int8 needs images to find its ranges: --calibrate" in capsys.readouterr().err
-    assert cli.main([*command, "--calibrate", "no.json", str(tmp_path)]) == 1
+    assert cli.main([*command, "--calibrate", "no.json", str(tmp_path)]) == 2
     assert "no annotations no.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
