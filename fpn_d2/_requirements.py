@@ -14,7 +14,7 @@ REQUIREMENTS = (
         "detectron2",
         "Detectron2",
         (0, 6),
-        "run `fpn-d2 install-detectron2`, or see https://detectron2.readthedocs.io/tutorials/install.html",
+        "see https://detectron2.readthedocs.io/tutorials/install.html",
     ),
 )
 # Only for images and pictures: a model is built, trained and run without it.
@@ -39,7 +39,9 @@ def check(requirements: tuple = REQUIREMENTS) -> None:
             module = importlib.import_module(module_name)
         except Exception as error:  # a torchvision that does not fit its torch raises a RuntimeError
             if isinstance(error, ModuleNotFoundError) and error.name == module_name:
-                raise RequirementError(f"{needed}, found none: {advice}") from None
+                missing = "run `fpn-d2 install-detectron2`, which installs what is missing, or see pytorch.org and "
+                missing += "https://detectron2.readthedocs.io/tutorials/install.html"
+                raise RequirementError(f"{needed}, found none: {missing}") from None
             if module_name == "detectron2" and _of_the_variable(error):
                 named = os.environ[ENV_MODULE]
                 hint = did_you_mean(named, [_OURS])

@@ -51,7 +51,10 @@ GOOD = {"torch": NEW, "torchvision": NEW}
     ("modules", "message"),
     [
         ({"torch": "__version__ = '1.13.1+cu117'"}, "fpn_d2 needs torch 2.0 or newer, found 1.13.1+cu117: "),
-        ({"torch": "raise ModuleNotFoundError(name='torch')"}, "fpn_d2 needs torch 2.0 or newer, found none: "),
+        (
+            {"torch": "raise ModuleNotFoundError(name='torch')"},
+            "fpn_d2 needs torch 2.0 or newer, found none: run `fpn-d2 install-detectron2`",
+        ),
         (GOOD | {"torchvision": "__version__ = '0.9'"}, "fpn_d2 needs torchvision 0.15 or newer, found 0.9: "),
         (
             GOOD | {"torchvision": "raise RuntimeError('operator torchvision::nms does not exist')"},
@@ -74,7 +77,7 @@ def test_opencv_is_needed_for_images_alone(tmp_path):
     """Components are registered, and a configuration made, without it."""
     modules = {"cv2": "raise ModuleNotFoundError(name='cv2')"}
     use = "import fpn_d2.modeling, sys; fpn_d2.modeling.FPN, fpn_d2.get_cfg(); fpn_d2.load"
-    message = "fpn_d2._requirements.RequirementError: fpn_d2 needs OpenCV 4.0 or newer, found none: pip install"
+    message = "fpn_d2._requirements.RequirementError: fpn_d2 needs OpenCV 4.0 or newer, found none: run `fpn-d2"
     assert use_fpn_d2(tmp_path, modules, use).startswith(message)
 
 
