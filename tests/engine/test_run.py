@@ -162,3 +162,24 @@ def test_a_schedule_within_the_warm_up_is_warned_of(tmp_path, scenes, caplog, mo
     monkeypatch.setattr(logging.getLogger("fpn_d2.engine.run"), "warning", lambda text, *_: said.append(text))
     _runs(cfg)
     assert len([text for text in said if "SOLVER.WARMUP_ITERS is 100" in text]) == 1
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_training(tmp_path, scenes, monkeypatch, capsys):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    with pytest.raises(SystemExit) as end:
+        _runs(small_config(tmp_path, scenes))  # batches of 2
+    assert end.value.code == 2
+    assert "SOLVER.IMS_PER_BATCH is 2, which 3 processes cannot share equally" in capsys.readouterr().err
+
+
+def test_a_mistake_that_training_meets_ends_it_with_the_status_of_mistakes(tmp_path, scenes, capsys):
+    class Mistaken(HookBase):
+        def before_step(self):
+            raise UserError("this is not right")
+
+    trainer = Trainer(small_config(tmp_path, scenes, *NO_TEST))
+    trainer.register_hooks([Mistaken()])
+    with pytest.raises(SystemExit) as end:
+        _train(trainer)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: this is not right")

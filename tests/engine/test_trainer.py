@@ -185,3 +185,14 @@ def test_what_a_checkpoint_knows_of_processes_and_numbers(tmp_path, scenes, capl
         assert "processes" not in caplog.text and trainer.model.running_mean_of_objects == 7.5
         trainer.load_state_dict(state | {"processes": 3})
     assert "The training had 3 processes and has 1" in caplog.text
+
+
+def test_the_order_of_the_images_follows_the_seed(tmp_path, scenes):
+    def order(seed):
+        loader = Trainer.build_train_loader(small_config(tmp_path, scenes, "SEED", seed))
+        batches = iter(loader)
+        return [image["file_name"] for _ in range(4) for image in next(batches)]
+
+    first = order(1)
+    assert order(1) == first and sorted(set(first)) != first
+    assert len({tuple(order(seed)) for seed in (1, 2, 3, 4)}) > 1
