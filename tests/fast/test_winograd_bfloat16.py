@@ -158,7 +158,7 @@ def test_one_layer_for_maps_of_both_types():
         assert low.dtype == torch.bfloat16
         assert_close(low, expected, FACTORS + RESULT)
         assert torch.equal(low, winograd.conv3x3(x.bfloat16(), net[0].weight, net[0].bias))
-    assert set(net[0]._kept) == {torch.bfloat16, torch.float32}
+    assert {dtype for _, dtype in net[0]._kept} == {torch.bfloat16, torch.float32} and len(net[0]._kept) == 2
 
 
 @pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mamx-bf16"])
