@@ -93,7 +93,7 @@ def test_weights_of_the_zoo_with_a_config_of_the_zoo(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"config": "COCO-Detection/nothing_like_it"}, "no configuration file .*nor has fpn_d2 or Detectron2's model zoo"),
+        ({"config": "COCO-Detection/nothing_like_it"}, "no configuration file .*nor has fpn_d2 or Detectron2's"),
         ({"device": "quantum"}, "the device is 'quantum'"),
         ({"device": "cuda:99"}, "no such GPU"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
