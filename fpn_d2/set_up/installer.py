@@ -110,7 +110,7 @@ class Installer:
             return ""
         if plan(self.python, ["--no-deps", f"torch=={TORCH}+cpu"], self.environment()):
             return "+cpu"
-        say("no package index in pip's configuration has torch for CPUs alone (pytorch.org names one): most of what")
+        say("no package index in pip's configuration has torch for CPUs alone (PyTorch's site names one): most of what")
         say("follows are libraries for NVIDIA's GPUs")
         return ""
 
