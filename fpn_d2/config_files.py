@@ -42,7 +42,9 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     loaded = CfgNode(read_config(path))
     version = loaded.get("VERSION")
     if version is None:
-        version = guess_version(loaded, path) if isinstance(loaded.get("MODEL"), CfgNode) else cfg.VERSION
+        # It looks into these two sections, and takes for granted that they are some.
+        sections = all(isinstance(loaded.get(name, cfg[name]), CfgNode) for name in ("MODEL", "TEST"))
+        version = guess_version(loaded, path) if sections and "MODEL" in loaded else cfg.VERSION
     if type(version) is not int or not 1 <= version <= cfg.VERSION:
         raise UserError(f"{path}: VERSION is {version!r:.100}; expected a whole number from 1 to {cfg.VERSION}")
     loaded.VERSION = version  # also where it says null

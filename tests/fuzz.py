@@ -3,11 +3,9 @@
     python -m tests.fuzz --target weights --minutes 3
 
 Each input is a valid one, made here, of which parts were changed. What an input may do: be read, or be refused as a
-user's mistake. An exception of any other kind, a second of work per kilobyte,
-or more than 2 GiB of memory is a finding:
-it is written into --findings, and the exit status is 1. With --engine atheris,
-that fuzzer (pip install atheris) chooses
-the inputs by which lines they reach.
+user's mistake. An exception of any other kind, 20 seconds of work, or more than 2 GiB of memory is a finding: it is
+written into --findings, and the exit status is 1. With --engine atheris, that fuzzer (pip install atheris) chooses the
+inputs by which lines they reach.
 """
 
 import argparse
@@ -45,6 +43,14 @@ from fpn_d2.errors import UserError
 _SECONDS = 20  # for one input: a loaded machine is slow
 _SPARE_MEMORY = 2**31
 _NUMBERS = [0, 1, -1, 2**7, 2**8 - 1, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64]
+
+
+_YAML_VALUES = [
+    *("1", "-1", "0", "1.5", "1e400", "2e-3", ".nan", ".inf", "yes", "null", "~", "''", "x", '"a b"', "[]", "{}", "[1, 2]"),
+    *("[[1, 2.5], [x]]", "{A: 1}", "(1, 2)", '"(1, 2)"', '"[" ', "!!python/tuple [1, 2]", "!!set {a}", "2001-01-01"),
+    *("0x10", "1_000", "9" * 400, '"__import__(\'os\')"', "'\\x00'", '"\\u202e"', "!!binary aGk=", "&a [*a]", "[[[[[[]]]]]]"),
+    *('"1 + 1"', '"None"', '"True"', "[null]", "[true, 1]", "{1: 2}", "{null: x}", '"1,2"', "build_fpn_backbone", "GN"),
+]
 
 
 class Hang(BaseException):
@@ -124,13 +130,26 @@ class Config:
 
     def __init__(self, folder: Path):
         from fpn_d2.config import add_fpn_d2_config
-        from fpn_d2.engine.prepare import _merge_file
+        from fpn_d2.engine import prepare
 
-        self._merge = _merge_file
+        self._merge = prepare._merge_file
+        # The search for a key of a like name takes 0.2 s and is the same for every name: it is made for few inputs.
+        self._look_up, self._prepare = prepare.did_you_mean, prepare
         self._cfg = get_cfg()
         add_fpn_d2_config(self._cfg)
+        self._keys = prepare._all_keys(self._cfg)
         self._path = str(folder / "c.yaml")
         (folder / "base.yaml").write_text("VERSION: 2\nMODEL: {MASK_ON: True}\n")
+
+    def made(self, rng: random.Random) -> bytes:
+        """A file of some keys that there are, each with a value of any kind."""
+        lines = [b"_BASE_: base.yaml\n"] if rng.random() < 0.1 else []
+        for key in rng.sample(self._keys, rng.choice((1, 1, 2, 4))):
+            *sections, last = key.split(".")
+            value = rng.choice(_YAML_VALUES)
+            lines += [b"".join(f"{section}: {{".encode() for section in sections) + f"{last}: {value}".encode()]
+            lines[-1] += b"}" * len(sections) + b"\n"
+        return b"".join(lines)
 
     def seeds(self) -> list[bytes]:
         return [
@@ -145,7 +164,11 @@ class Config:
     def run(self, data: bytes) -> None:
         with open(self._path, "wb") as file:
             file.write(data)
-        self._merge(self._cfg, self._path)
+        self._prepare.did_you_mean = self._look_up if sum(data) % 50 == 0 else lambda *_: ""
+        try:
+            self._merge(self._cfg.clone(), self._path)
+        finally:
+            self._prepare.did_you_mean = self._look_up
 
 
 class _Data:
@@ -155,7 +178,7 @@ class _Data:
         from fpn_d2.data.check import check_set
         from fpn_d2.data.coco_annotations import CheckOptions
 
-        self._check, self._options = check_set, CheckOptions()
+        self._check, self._options = check_set, CheckOptions(jobs=1)
         self._folder = folder
         for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (folder / name).mkdir(parents=True)
@@ -309,6 +332,15 @@ class Fuzz:
             place.with_suffix(".bin").write_bytes(data)
             place.with_suffix(".txt").write_text("".join(traceback.format_exception(error)))
 
+    def result(self) -> dict:
+        """What `report` says, as numbers."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        read, refused, found = (self.counts[key] for key in ("read", "refused", "found"))
+        return {
+            "target": self._name, "inputs": read + refused + found, "read": read, "refused": refused, "found": found,
+            "slowest": round(self.slowest, 2), "peak_mib": round(peak),
+        }  # fmt: skip
+
     def report(self) -> str:
         total = sum(self.counts[key] for key in ("read", "refused", "found"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -332,6 +364,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=0, help="stop after so many inputs, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--findings", type=Path, default=Path("output/fuzz"))
+    parser.add_argument("--json", type=Path, help="write the counts into this file too")
     parser.add_argument("--engine", choices=("own", "atheris"), default="own")
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -360,7 +393,11 @@ def main() -> int:
         for seed in seeds:
             fuzz.one(seed)
         while time.monotonic() < end and not (args.inputs and count >= args.inputs):
-            data = changed(rng.choice(pool), rng, fuzz.target.words, seeds)
+            made = getattr(fuzz.target, "made", None)
+            if made and rng.random() < 0.5:
+                data = made(rng)
+            else:
+                data = changed(rng.choice(pool), rng, fuzz.target.words, seeds)
             before = fuzz.counts["read"]
             fuzz.one(data)
             count += 1
@@ -368,6 +405,8 @@ def main() -> int:
             if fuzz.counts["read"] > before and len(data) < 5000 and rng.random() < 0.05:
                 pool = (pool if len(pool) < 500 else seeds + rng.sample(pool, 250)) + [data]
         print(fuzz.report(), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(fuzz.result()))
     return 1 if fuzz.counts["found"] else 0
 
 

@@ -169,7 +169,7 @@ def _wrong_type(cfg: CfgNode, key: str, given: str) -> str:
         value = ast.literal_eval(given)
     except (ValueError, SyntaxError):
         value = given
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(default, float) and type(value) is int and abs(value) < 2**53:
         return f"{expected}, not {given}: write {float(value)}"
     if isinstance(default, (tuple, list)) and isinstance(value, (str, int, float)):
         return f"{expected}, not {given}: write ({value!r},)"

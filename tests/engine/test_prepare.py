@@ -101,6 +101,8 @@ def test_a_wrong_option_says_what_was_meant(opts, words):
         ("MODEL: {FPNN: {NECK: FPN}}", ["no key MODEL.FPNN", "did you mean MODEL.FPN"]),
         ("SOLVER: {BASE_LR: high}", ["SOLVER.BASE_LR", "float", "high"]),
         ("VERSION: 1\nTEST: {AUG_ON: 3}", ["TEST.AUG_ON", "Type mismatch"]),
+        ("MODEL: {DEVICE: cpu}\nTEST: 1", ["TEST is a section", "EVAL_PERIOD", "1"]),
+        (f"SOLVER: {{BASE_LR: {'9' * 400}}}", ["SOLVER.BASE_LR", "float", "999"]),
         ("_BASE_: nowhere.yaml", ["_BASE_", "nowhere.yaml", "looked for"]),
         ("SOLVER: {BASE_LR: 0.1", ["not valid YAML", "line"]),
         ("", ["no KEY: value pairs"]),
