@@ -185,6 +185,9 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # How many images may be left out, with a warning each, because their files have gone bad since the check. One more
     # stops: then it is the disk. Each process counts by itself, an image once for each worker that meets it.
     new.DATASETS.MAX_BAD_IMAGES = 100
+    # An image with more objects than this is left out of training, and named. Detectron2 matches all objects with all
+    # anchors at once, in 24 bytes for each pair. 0: as many as fit into half of the memory; -1: any number.
+    new.DATASETS.MAX_OBJECTS_PER_IMAGE = 0
     new.INPUT = CfgNode()
     # Flip upside down with probability 0.5, in addition to INPUT.RANDOM_FLIP: for images without an up or down.
     new.INPUT.VERTICAL_FLIP = False
@@ -201,6 +204,15 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # Minutes after which a checkpoint is saved in any case, as model_last.pth, one file that the next one replaces.
     # 0: never.
     new.SOLVER.CHECKPOINT_MINUTES = 10.0
+    # Steps whose loss or gradient is infinite or no number are not taken; each is written into OUTPUT_DIR/bad_steps for
+    # `fpn-d2 replay`. After more than so many the training stops.
+    new.SOLVER.MAX_BAD_STEPS = 10
+    # Batch size that BASE_LR is meant for: with another IMS_PER_BATCH it is scaled in proportion (Goyal et al., 2017),
+    # which is said. 0: BASE_LR is taken as it is.
+    new.SOLVER.BASE_LR_BATCH_SIZE = 0
+    # Whether operations have to give the same bits each time, on GPUs too, at some cost; what cannot is an error. Needs
+    # a SEED. On CPUs trainings repeat to the bit without it, with the same number of threads.
+    new.SOLVER.DETERMINISTIC = False
     new.SOLVER.AMP = CfgNode()
     # Precision under SOLVER.AMP.ENABLED: "float16" (GPUs only, with loss scaling), "bfloat16", or "auto":
     # float16 on a GPU, as Detectron2 has it, and bfloat16 on a CPU.
@@ -210,7 +222,7 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.TEST.VAL_LOSS_PERIOD = 0
     # Metric whose best value so far decides which checkpoint is kept as model_best.pth, as
     # "bbox/AP", or "NAME/bbox/AP" with several test sets; empty: keep none. Read at each TEST.EVAL_PERIOD and at the
-    # end.
+    # end; with TEST.EVAL_PERIOD 0 there is nothing to choose from, and none is kept.
     new.TEST.BEST_METRIC = "bbox/AP"
     # Number of images in the picture grid of detections beside ground truth; 0: no picture.
     new.TEST.PICTURE_IMAGES = 8

@@ -4,7 +4,7 @@
 
 One training that is not touched is the measure. It has two workers, augmentation, lying and upright images, evaluations
 and a best checkpoint. Others are killed some times each: a random while after a random iteration has begun, or in the
-start-up, so that it may hit an iteration, an evaluation or the writing of a checkpoint. Then they are let to their end.
+start-up, or, one in four, as soon as a checkpoint is being written. Then they are let to their end.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fpn_d2.engine import Trainer, load_prepared, run
+from fpn_d2.files import UNFINISHED
 
 from .engine.small import MODEL
 
@@ -143,30 +144,53 @@ def end_of(folder: Path) -> dict[str, str]:
     }
 
 
-def kill_and_finish(config: Path, kills: int, rng: random.Random, opts: tuple[str, ...] = ()) -> list[str]:
+def kill_and_finish(config: Path, kills: int, rng: random.Random, opts: tuple[str, ...] = ()) -> list[dict]:
     """Kill a training at random moments, then let it end.
 
     Returns:
-        For each kill the iteration that had begun, and the number of iterations that had been saved.
+        For each kill the iteration that had begun (-1: the start-up), the number of iterations that had been saved,
+        whether it hit the writing of a checkpoint, and whether the training had just ended by itself.
     """
-    reached = []
+    moments = []
     for count in range(kills):
         saved = _saved(config.parent)
         process, begun = start(config, count > 0, opts)
-        target = rng.randrange(saved - 1, ITERATIONS) if saved < ITERATIONS else -1
-        while process.is_alive() and begun.value < target:
-            time.sleep(0.002)
-        # An iteration takes about 0.2 s, the start 1 s.
-        process.join(rng.random() * (0.4 if target >= saved else 1.0))
+        if rng.random() < 0.25:
+            while process.is_alive() and not _being_written(config.parent):
+                pass  # it takes some milliseconds
+        else:
+            target = rng.randrange(saved - 1, ITERATIONS) if saved < ITERATIONS else -1
+            while process.is_alive() and begun.value < target:
+                time.sleep(0.002)
+            # An iteration takes about 0.2 s, the start 1 s.
+            process.join(rng.random() * (0.4 if target >= saved else 1.0))
         process.kill()
         process.join()
-        at = "at the end" if process.exitcode == 0 else f"in {begun.value}" if begun.value >= 0 else "in start-up"
-        reached.append(f"{at} ({_saved(config.parent)})")
+        moments.append(
+            {
+                "iteration": begun.value,
+                "saved": _saved(config.parent),
+                "saving": bool(_being_written(config.parent)),
+                "ended": process.exitcode == 0,
+            }
+        )
     process, _ = start(config, kills > 0, opts)
     process.join()
     if process.exitcode != 0:
         raise SystemExit(f"the training ended with {process.exitcode}; see {config.parent}/said.txt")
-    return reached
+    return moments
+
+
+def _being_written(folder: Path) -> list[Path]:
+    return list(folder.glob(f"*.pth{UNFINISHED}"))
+
+
+def words(moment: dict) -> str:
+    """A moment of `kill_and_finish` in a few words."""
+    if moment["ended"]:
+        return "at the end"
+    at = f"in {moment['iteration']}" if moment["iteration"] >= 0 else "in start-up"
+    return f"{at}{', saving' if moment['saving'] else ''} ({moment['saved']})"
 
 
 def _saved(folder: Path) -> int:
@@ -181,28 +205,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=5, help="per run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="keeps what the trainings write")
+    parser.add_argument("--json", type=Path, help="write what came of it into this file too")
     args = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
+    runs = []
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         make_data(folder / "data")
         reference = write_config(folder / "whole", folder / "data")
         kill_and_finish(reference, 0, rng)
         expected = end_of(reference.parent)
-        failures = 0
         for number in tqdm(range(args.runs), unit="run", disable=None):
             config = write_config(folder / f"run{number}", folder / "data")
-            reached = kill_and_finish(config, args.kills, rng)
+            moments = kill_and_finish(config, args.kills, rng)
             found = end_of(config.parent)
             wrong = [key for key in expected if found[key] != expected[key]]
-            failures += bool(wrong)
+            runs.append({"moments": moments, "wrong": wrong})
             ends = f"other {', '.join(wrong)}" if wrong else "equal"
-            print(f"run {number}: killed {', '.join(reached)}: {ends}", flush=True)
-    kills = args.runs * args.kills
-    print(f"{kills} kills in {args.runs} runs of {ITERATIONS} iterations: {args.runs - failures} runs end equal")
-    return 1 if failures else 0
+            print(f"run {number}: killed {', '.join(map(words, moments))}: {ends}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(runs))
+    equal = sum(not run["wrong"] for run in runs)
+    print(f"{args.runs * args.kills} kills in {args.runs} runs of {ITERATIONS} iterations: {equal} runs end equal")
+    return 0 if equal == args.runs else 1
 
 
 if __name__ == "__main__":

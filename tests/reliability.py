@@ -8,7 +8,6 @@ Each step's result is kept in --folder as soon as it is there: a run that was st
 ends badly is kept too, and is in the table.
 """
 
-import argparse
 import json
 import os
 import subprocess

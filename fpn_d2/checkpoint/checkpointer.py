@@ -3,12 +3,14 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from fpn_d2.errors import UserError, not_found
 from fpn_d2.files import write_atomically
@@ -62,6 +64,8 @@ class ReportingCheckpointer(DetectionCheckpointer):
         # The checkpoint from which --resume would go on with this run; "" as long as there is none.
         self.latest = ""
         self.saved_at = time.monotonic()
+        # Whether the training has lost itself: then nothing is saved that --resume could go on from.
+        self.diverged: Callable[[], bool] = lambda: False
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest good checkpoint of the folder with all states, or else the weights in ``path`` alone.
@@ -159,8 +163,15 @@ class ReportingCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: It cannot be written.
+
+        Nothing is saved of weights that are not finite, and of a training that has lost itself; that is said.
         """
         if not self.save_dir or not self.save_to_disk:
+            return
+        broken = [key for key, value in self.model.state_dict().items() if not _is_finite(value)]
+        if broken or (self.diverged() and name != BEST_MODEL):
+            why = f"{broken[0]} is not finite" if broken else "its last steps were not finite"
+            logger.warning("%s.pth is not saved: %s", name, why)
             return
         if self._about:
             kwargs[KEY] = self._about
@@ -184,3 +195,7 @@ class ReportingCheckpointer(DetectionCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
         else:
             write_atomically(os.path.join(self.save_dir, LAST), last_filename_basename)
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all())

@@ -30,6 +30,7 @@ class CheckOptions:
     full: bool = False  # decode every pixel
     jobs: int = 0  # threads that look at images; 0: chosen
     corners: bool = False  # boxes are x1 y1 x2 y2
+    most_objects: int = 0  # an image with more is left out; 0: none is
 
 
 @dataclasses.dataclass(slots=True)

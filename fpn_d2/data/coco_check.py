@@ -298,8 +298,18 @@ class CocoCheck:
             # COCO's evaluation takes a matched object with id 0 for an unmatched one, so ids have to start at 1.
             self._renumber = True
             self._note("annotations_numbered", "COCO's evaluation needs ids that are whole numbers from 1")
+        most = self._options.most_objects
         for own, image in self._images.items():
-            if image.objects > _MANY_OBJECTS:
+            if most and image.objects > most:
+                image.usable = False  # and with it, when the set is read again, its annotations
+                self._note(
+                    "too_many_objects",
+                    f"{image.objects} objects; as many as {most} can be matched with anchors in half of the memory, or "
+                    "are allowed by DATASETS.MAX_OBJECTS_PER_IMAGE: cut it into smaller images",
+                    own,
+                )
+                found.kept["objects"] -= image.objects
+            elif image.objects > _MANY_OBJECTS:
                 self._note("many_objects", f"{image.objects} annotations: memory grows with them times anchors", own)
         self.extents = np.frombuffer(found.extents, np.float32).reshape(-1, 4)
         self.objects = [image.objects for image in self._images.values() if image.usable]

@@ -22,7 +22,7 @@ from fpn_d2.files import locate
 from .coco_annotations import CheckOptions
 from .coco_check import CocoCheck, check_coco, check_voc
 from .findings import file_about, refuse, say
-from .fit import misfits
+from .fit import misfits, most_objects
 from .json_stream import write_records
 from .registered import settle_registered
 from .remembered import recall, remember
@@ -226,6 +226,7 @@ def _register(
         masks=masks,
         polygons_only=masks and training and cfg.INPUT.MASK_FORMAT == "polygon",
         outside=cfg.DATASETS.FILES_OUTSIDE_FOLDER,
+        most_objects=most_objects(cfg) if training else 0,
     )
     state = (*state, options, cfg.DATASETS.ON_BAD_DATA)
     if name in _registered and name in DatasetCatalog.list():

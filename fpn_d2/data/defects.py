@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "image_tiny": (TELL, "an image of a few pixels"),
     "image_flat": (TELL, "a very flat image"),
     "several_frames": (TELL, "a file of several pictures"),
+    "too_many_objects": (SKIP, "an image with more objects than can be matched with anchors"),
     "many_objects": (TELL, "an image with thousands of annotations"),
     # categories
     "category_id_wrong": (SKIP, "a category id that is no whole number of 64 bits"),

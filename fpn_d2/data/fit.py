@@ -1,10 +1,15 @@
-"""Whether a model fits the boxes of a set: anchors that none of them matches, more objects than detections."""
+"""Whether a model fits the boxes of a set: anchors that none of them matches, more objects than detections or memory."""
+
+import os
+import re
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 
 from .coco_check import CocoCheck
 
+_BYTES_OF_A_PAIR = 24  # Detectron2's pairwise_iou has at once, for an object and an anchor (measured on v0.6)
 _AT_ONCE = 50_000  # boxes that are compared with all anchors in one go
 _WITH_ANCHORS = {
     "GeneralizedRCNN": "RPN",
@@ -19,6 +24,42 @@ def misfits(cfg: CfgNode, name: str, found: CocoCheck) -> list[str]:
     """What to warn of for the data set ``name`` that has been checked; empty texts among it."""
     unmatched = unmatched_boxes(cfg, found.extents) if name in cfg.DATASETS.TRAIN else ""
     return [unmatched, crowded_images(cfg, found.objects)]
+
+
+def most_objects(cfg: CfgNode) -> int:
+    """How many objects an image to train on may have (DATASETS.MAX_OBJECTS_PER_IMAGE); 0: any number.
+
+    Objects are matched with the anchors of the largest training image, and in RoI heads with the proposals, which the
+    objects themselves are among.
+    """
+    chosen = cfg.DATASETS.MAX_OBJECTS_PER_IMAGE
+    section = _WITH_ANCHORS.get(cfg.MODEL.META_ARCHITECTURE)
+    if chosen or section is None:
+        return max(0, chosen)
+    pairs = _memory(cfg) / 2 / _BYTES_OF_A_PAIR
+    return int(min(pairs / max(1, number_of_anchors(cfg, section)), pairs**0.5))
+
+
+def number_of_anchors(cfg: CfgNode, section: str) -> int:
+    """Anchors of a training image of the largest size; ``section`` is RPN or RETINANET. 0: not known."""
+    features = cfg.MODEL[section].IN_FEATURES
+    levels = [re.fullmatch(r"p(\d)|res(\d)", name) for name in features]
+    if not all(levels):
+        return 0
+    short, long = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    sizes, ratios = (
+        lists * len(features) if len(lists) == 1 else lists
+        for lists in (cfg.MODEL.ANCHOR_GENERATOR.SIZES, cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)
+    )
+    cells = [-(-short // 2**k) * -(-long // 2**k) for k in (int(level[1] or level[2]) for level in levels)]
+    return sum(n * len(s) * len(r) for n, s, r in zip(cells, sizes, ratios, strict=False))
+
+
+def _memory(cfg: CfgNode) -> int:
+    """Bytes of memory of the device that trains."""
+    if torch.cuda.is_available() and torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def unmatched_boxes(cfg: CfgNode, extents: np.ndarray) -> str:

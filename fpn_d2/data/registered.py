@@ -18,7 +18,7 @@ from .coco_annotations import CheckOptions
 from .coco_check import CocoCheck, check_coco
 from .defects import MEND, SKIP
 from .findings import file_about, refuse, say
-from .fit import misfits
+from .fit import misfits, most_objects
 from .json_stream import write_records
 
 
@@ -36,7 +36,7 @@ def settle_registered(cfg: CfgNode, name: str, *, training: bool) -> None:
     Raises:
         UserError: It cannot be used, or has defects and DATASETS.ON_BAD_DATA is "error".
     """
-    options = CheckOptions(training=training, outside=True)
+    options = CheckOptions(training=training, outside=True, most_objects=most_objects(cfg) if training else 0)
     copy = None
     if _is_coco_json(name):
         found = check_registered(name, options)

@@ -57,6 +57,7 @@ class TrainingLoader:
         self._ahead: deque[_State] = deque()  # after each batch that the workers know and the training does not yet
         self._running: Generator[list[dict], None, None] | None = None
         self.seed = seed
+        self.latest: list[dict] = []  # the batch that was handed out last
 
     def __iter__(self) -> Iterator[list[dict]]:
         self._running = self._read()
@@ -83,6 +84,7 @@ class TrainingLoader:
         try:
             for batch in batches:
                 self._state = self._ahead.popleft()
+                self.latest = batch
                 yield batch
         finally:
             # Else they live for as long as anything, as an error's traceback, knows the iterator.

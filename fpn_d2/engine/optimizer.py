@@ -1,6 +1,7 @@
 """The optimizer that SOLVER.OPTIMIZER names, with Detectron2's parameter groups and gradient clipping."""
 
 import contextlib
+import logging
 
 import torch
 from detectron2 import solver
@@ -11,7 +12,36 @@ from torch import nn
 from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics
 
+logger = logging.getLogger(__name__)
+
 OPTIMIZERS = ("SGD", "AdamW")
+
+
+def scale_learning_rate(cfg: CfgNode) -> CfgNode:
+    """Scale SOLVER.BASE_LR from SOLVER.BASE_LR_BATCH_SIZE to SOLVER.IMS_PER_BATCH, and say so.
+
+    Args:
+        cfg: Stays as it is.
+
+    Returns:
+        The configuration to train with: ``cfg`` itself where nothing changes.
+    """
+    meant, size = cfg.SOLVER.BASE_LR_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if meant in (0, size):
+        return cfg
+    if meant < 0:
+        raise UserError(f"SOLVER.BASE_LR_BATCH_SIZE is {meant}; expected a number of images, or 0")
+    scaled = cfg.clone()
+    scaled.defrost()
+    scaled.SOLVER.BASE_LR = cfg.SOLVER.BASE_LR * size / meant
+    scaled.SOLVER.BASE_LR_BATCH_SIZE = size
+    if cfg.is_frozen():
+        scaled.freeze()
+    logger.info(
+        "SOLVER.BASE_LR: %g for batches of %d images becomes %g x %d / %d = %g for batches of %d",
+        cfg.SOLVER.BASE_LR, meant, cfg.SOLVER.BASE_LR, size, meant, scaled.SOLVER.BASE_LR, size,
+    )
+    return scaled
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from detectron2.config import CfgNode
@@ -33,6 +34,11 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
     return getattr(torch, name)
 
 
+def precision_name(cfg: CfgNode) -> str:
+    """"float32", "bfloat16" or "float16": `amp_dtype` in a word."""
+    return str(amp_dtype(cfg) or torch.float32).removeprefix("torch.")
+
+
 def autocast(cfg: CfgNode) -> contextlib.AbstractContextManager:
     """Context in which a forward pass has the precision of training; it does nothing where AMP is off."""
     dtype = amp_dtype(cfg)
@@ -41,7 +47,77 @@ def autocast(cfg: CfgNode) -> contextlib.AbstractContextManager:
     return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype=dtype)
 
 
-class AutocastTrainer(SimpleTrainer):
+class BadStep(Exception):
+    """A step came to nothing finite, here or in another process: it is not to be taken."""
+
+
+class StepWatch(Protocol):
+    """Who is asked about each step; in all processes alike."""
+
+    def bad_losses(self, losses: dict[str, torch.Tensor], error: str) -> bool:
+        """After the forward pass: whether to leave the step out. ``error``: what ended the pass instead of losses."""
+
+    def bad_gradients(self, losses: dict[str, torch.Tensor]) -> bool:
+        """After the backward pass: the same."""
+
+
+class Watched:
+    """Beside one of Detectron2's inner trainers: leaves out the steps of which its `watch` says so."""
+
+    watch: StepWatch | None = None
+
+    def run_step(self) -> None:
+        if self.watch is None:
+            super().run_step()
+            return
+        model = self.model
+        self.model = _WatchedModel(model, self.watch)
+        try:
+            super().run_step()
+        except BadStep:
+            pass
+        finally:
+            self.model = model
+
+    def _write_metrics(self, loss_dict: dict[str, torch.Tensor], *args: object, **kwargs: object) -> None:
+        # Called between the backward pass and the optimizer's step, in v0.6 and in the main branch.
+        if self.watch is not None and self.watch.bad_gradients(loss_dict):
+            raise BadStep
+        super()._write_metrics(loss_dict, *args, **kwargs)
+
+
+class _WatchedModel:
+    def __init__(self, model: nn.Module, watch: StepWatch):
+        self._model = model
+        self._watch = watch
+
+    @property
+    def training(self) -> bool:
+        return self._model.training
+
+    def __call__(self, data: list[dict]) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = {}
+        error = ""
+        try:
+            losses = self._model(data)
+        except FloatingPointError as raised:  # Detectron2's RPN looks at its own boxes
+            error = str(raised)
+        if isinstance(losses, torch.Tensor):
+            losses = {"total_loss": losses}
+        if self._watch.bad_losses(losses, error):
+            raise BadStep
+        return losses
+
+
+class WatchedTrainer(Watched, SimpleTrainer):
+    """Detectron2's `SimpleTrainer`, which can leave out a step."""
+
+
+class WatchedAMPTrainer(Watched, AMPTrainer):
+    """Detectron2's `AMPTrainer`, which can leave out a step."""
+
+
+class AutocastTrainer(WatchedTrainer):
     """Detectron2's `SimpleTrainer` with the forward pass under autocast: bfloat16 needs no loss scaling."""
 
     def __init__(
@@ -86,10 +162,10 @@ class _InContext:
 def build_inner_trainer(
     cfg: CfgNode, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer
 ) -> SimpleTrainer:
-    """Detectron2's own `SimpleTrainer` or `AMPTrainer` where they serve, else `AutocastTrainer`."""
+    """Detectron2's `SimpleTrainer` or `AMPTrainer` where they serve, else `AutocastTrainer`."""
     dtype = amp_dtype(cfg)
     if dtype is None:
-        return SimpleTrainer(model, data_loader, optimizer)
+        return WatchedTrainer(model, data_loader, optimizer)
     if dtype == torch.float16:
-        return AMPTrainer(model, data_loader, optimizer)
+        return WatchedAMPTrainer(model, data_loader, optimizer)
     return AutocastTrainer(model, data_loader, optimizer, lambda: autocast(cfg))

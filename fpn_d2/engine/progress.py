@@ -7,6 +7,7 @@ import warnings
 from typing import TextIO
 
 from detectron2.engine import HookBase
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
@@ -68,6 +69,23 @@ class ProgressBar(HookBase):
     def after_train(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class _MetricPrinter(CommonMetricPrinter):
+    """Detectron2's, which divides by zero if it writes twice after one of the first iterations, as at an early end."""
+
+    def _get_eta(self, storage: EventStorage) -> str | None:
+        if self._last_write is not None and self._last_write[0] == storage.iter:
+            return None
+        return super()._get_eta(storage)
+
+
+def build_writers(writers: list[EventWriter]) -> list[EventWriter]:
+    """Detectron2's writers of a training's numbers, with the one for the terminal mended."""
+    for writer in writers:
+        if type(writer) is CommonMetricPrinter:
+            writer.__class__ = _MetricPrinter
+    return writers
 
 
 def set_up_logging(output_dir: str, rank: int) -> None:

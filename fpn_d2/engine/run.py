@@ -24,6 +24,7 @@ from fpn_d2.evaluation.results import headline, results_table
 from fpn_d2.files import writable_folder
 
 from .checks import check_data_files, check_test_augmentation, check_weight_file
+from .determinism import check_deterministic
 from .device import on_this_machine
 from .elastic import resumes
 from .numbers import short_schedule
@@ -65,6 +66,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
             check_weight_file(cfg.MODEL.WEIGHTS)
         check_test_augmentation(cfg)
         amp_dtype(on_this_machine(cfg, warn=False))
+        check_deterministic(cfg)
         if train:
             _check_batch(cfg)
         if "://" not in cfg.OUTPUT_DIR:

@@ -25,16 +25,19 @@ from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import TrainingMapper
 from fpn_d2.evaluation.evaluators import build_evaluator
 
+from .bad_steps import BadSteps
+from .determinism import deterministic
 from .device import on_this_machine
 from .hooks import BestCheckpoint, TimedCheckpoint, ValidationLoss
 from .loader import TrainingLoader
 from .model_numbers import ModelNumbers
 from .numbers import missing_maps_are_told
-from .optimizer import build_optimizer
-from .precision import build_inner_trainer
-from .progress import ProgressBar, has_terminal
+from .optimizer import build_optimizer, scale_learning_rate
+from .precision import Watched, autocast, build_inner_trainer, precision_name
+from .progress import ProgressBar, build_writers, has_terminal
 from .randomness import ITERATION, seed_all, seed_of
 from .registries import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
+from .resume import load_inner, optimized_names, put_rates
 from .signals import Stopped, signals
 from .wandb_writer import WandbWriter, wandb_is_asked_for
 
@@ -57,7 +60,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         about = contents(cfg)
         cfg = on_this_machine(cfg)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_learning_rate(self.auto_scale_workers(cfg, comm.get_world_size()))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         # Detectron2's numbers are drawn by now; all processes agree on this one.
@@ -79,6 +82,10 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.results: dict = {}
         self._numbers = ModelNumbers(model)
+        self._bad_steps = self._build_bad_steps()
+        if isinstance(self._trainer, Watched):
+            self._trainer.watch = self._bad_steps
+        self.checkpointer.diverged = self._bad_steps.diverged
         self._hooks_due = False  # whether what comes after a checkpoint, as an evaluation, is still to be done
         self.register_hooks(self.build_hooks())
         for loader, _ in self._loaders():
@@ -93,7 +100,7 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             ours.append(hooks.EvalHook(0, self._test_with_augmentation))
         if comm.is_main_process():
-            if cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
+            if cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0:
                 ours.append(BestCheckpoint(cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD, self.checkpointer))
             if has_terminal():
                 ours.append(ProgressBar())
@@ -105,7 +112,7 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """The inherited writers, and Weights & Biases' where its variable asks for it."""
-        return [*super().build_writers(), *([WandbWriter(self.cfg)] if wandb_is_asked_for() else [])]
+        return [*build_writers(super().build_writers()), *([WandbWriter(self.cfg)] if wandb_is_asked_for() else [])]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As inherited; with ``resume``, from the newest checkpoint that is not damaged."""
@@ -121,7 +128,7 @@ class Trainer(DefaultTrainer):
             are several. Empty in all processes but the first.
         """
         try:
-            with signals.installed(), signals.held_back():
+            with signals.installed(), signals.held_back(), deterministic(self.cfg.SOLVER.DETERMINISTIC):
                 super().train()
         finally:
             for loader, _ in self._loaders():
@@ -141,7 +148,26 @@ class Trainer(DefaultTrainer):
     def before_step(self) -> None:
         super().before_step()
         self._hooks_due = True
-        seed_all(seed_of(ITERATION, self.seed, self.iter, comm.get_rank()))
+        self._bad_steps.before_step()
+        seed_all(self._seed_of_step())
+
+    def _seed_of_step(self) -> int:
+        return seed_of(ITERATION, self.seed, self.iter, comm.get_rank())
+
+    def _build_bad_steps(self) -> BadSteps:
+        trainer = weakref.proxy(self)
+        return BadSteps(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            self.cfg.SOLVER.MAX_BAD_STEPS,
+            config=self.cfg.dump(),
+            where=lambda: (trainer.iter, trainer._seed_of_step()),
+            rate=lambda: max(group["lr"] for group in trainer.optimizer.param_groups),
+            batch=lambda: getattr(trainer.data_loader, "latest", []),
+            numbers=lambda: trainer._numbers.state_dict(),
+            context=lambda: autocast(trainer.cfg),
+            scaled=hasattr(self._trainer, "grad_scaler"),
+        )
 
     def after_step(self) -> None:
         try:
@@ -171,10 +197,13 @@ class Trainer(DefaultTrainer):
         state = super().state_dict()
         if "_trainer" not in state:  # v0.6 leaves the optimizer out of the checkpoint
             state["_trainer"] = self._trainer.state_dict()
+        state["optimized"] = optimized_names(self.model, self.optimizer)
+        state["precision"] = precision_name(self.cfg)
         state["seed"] = self.seed
         state["processes"] = comm.get_world_size()
         state["numbers"] = self._numbers.state_dict()
         state["hooks_due"] = self._hooks_due
+        state["bad_steps"] = self._bad_steps.count
         loader = self._trainer.data_loader
         if isinstance(loader, TrainingLoader):
             state["data"] = loader.state_dict()
@@ -183,13 +212,23 @@ class Trainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         # The inner trainer's state is loaded here on every version; DefaultTrainer's own method, which the main
         # branch has, insists on it being there.
+        rates = list(self.scheduler.base_lrs)
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
+            self._trainer.iter = state_dict["_trainer"]["iteration"]
+            load_inner(
+                self._trainer,
+                state_dict["_trainer"],
+                state_dict.get("optimized"),
+                state_dict.get("precision"),
+                precision_name(self.cfg),
+            )
+            put_rates(self.scheduler, rates)
         else:
             logger.warning("The checkpoint holds no optimizer state (Detectron2 v0.6 saves none): momentum starts at 0")
         self._numbers.load_state_dict(state_dict.get("numbers", {}))
         self._hooks_due = state_dict.get("hooks_due", False)
+        self._bad_steps.count = state_dict.get("bad_steps", 0)
         self._load_order(state_dict)
 
     def _load_order(self, state: dict) -> None:

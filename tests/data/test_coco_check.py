@@ -297,6 +297,20 @@ def test_image_with_very_many_objects_is_named(images):
     assert check(content, images).report.counts["many_objects"] == 1
 
 
+def test_image_with_more_objects_than_allowed_is_left_out_with_them(images):
+    content = coco_content()
+    crowded = content["annotations"][0]["image_id"]
+    content["annotations"] += [{**content["annotations"][0], "id": 100}]
+    before = sum(a["image_id"] == crowded for a in content["annotations"])
+    for most, kept in ((before, True), (before - 1, False)):
+        found = check(content, images, most_objects=most)
+        assert found.report.counts["too_many_objects"] == (not kept)
+        repaired = [(key, record) for key, index, record in found.repaired() if index is not None]
+        assert any(key == "images" and record["id"] == crowded for key, record in repaired) == kept
+        assert any(key == "annotations" and record["image_id"] == crowded for key, record in repaired) == kept
+    assert "MAX_OBJECTS_PER_IMAGE" in found.report.phrase("left out")
+
+
 def test_full_check_decodes_every_pixel(tmp_path):
     content = sound_content()
     write_coco(tmp_path, content)

@@ -1,9 +1,13 @@
 import numpy as np
 import pytest
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_anchor_generator
 from detectron2.structures import Boxes, pairwise_iou
-from torch import tensor
+from torch import rand, tensor, zeros
+from torch.profiler import profile
 
-from fpn_d2.data.fit import crowded_images, unmatched_boxes
+from fpn_d2.data import fit
+from fpn_d2.data.fit import crowded_images, most_objects, number_of_anchors, unmatched_boxes
 
 from .small_sets import config
 
@@ -74,3 +78,44 @@ def test_images_with_more_objects_than_detections(tmp_path):
     assert crowded_images(cfg, [101, 3, 250]).startswith("2 of 3 images have more than TEST.DETECTIONS_PER_IMAGE 100")
     cfg.TEST.DETECTIONS_PER_IMAGE = -1  # no limit
     assert not crowded_images(cfg, [101])
+
+
+def test_the_number_of_anchors_is_that_of_detectron2s_generator(tmp_path):
+    cfg = config(tmp_path)
+    cfg.merge_from_list(["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p6"], "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32]]])
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96, 128), 192
+    shapes = [ShapeSpec(channels=1, stride=2**k) for k in (2, 3, 6)]
+    maps = [zeros(1, 1, 128 // s.stride, 192 // s.stride) for s in shapes]
+    assert number_of_anchors(cfg, "RPN") == sum(map(len, build_anchor_generator(cfg, shapes)(maps)))
+    cfg.MODEL.RPN.IN_FEATURES = ["a"]
+    assert number_of_anchors(cfg, "RPN") == 0
+
+
+def test_the_memory_bounds_the_objects_of_an_image(tmp_path, monkeypatch):
+    cfg = config(tmp_path)
+    cfg.MODEL.RPN.IN_FEATURES = ["p2"]
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (400,), 800
+    monkeypatch.setattr(fit, "_memory", lambda cfg: 2**30)
+    anchors = number_of_anchors(cfg, "RPN")
+    assert 0.99 < most_objects(cfg) * anchors * 24 / 2**29 <= 1
+    cfg.INPUT.MIN_SIZE_TRAIN = (4,)  # few anchors: now it is the proposals, which the objects are among
+    assert 0.99 < most_objects(cfg) ** 2 * 24 / 2**29 <= 1
+    for chosen, most in ((7, 7), (-1, 0)):
+        cfg.DATASETS.MAX_OBJECTS_PER_IMAGE = chosen
+        assert most_objects(cfg) == most
+    cfg.DATASETS.MAX_OBJECTS_PER_IMAGE = 0
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    assert most_objects(cfg) == 0
+
+
+def test_matching_takes_the_bytes_that_are_reckoned_with():
+    """What `pairwise_iou` has at once, seen by PyTorch's own book-keeping."""
+    objects, anchors = Boxes(rand(300, 4).sort().values), Boxes(rand(5000, 4).sort().values)
+    with profile(profile_memory=True) as seen:
+        pairwise_iou(objects, anchors)
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert most == pytest.approx(300 * 5000 * fit._BYTES_OF_A_PAIR, rel=0.05)

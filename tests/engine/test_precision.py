@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from fpn_d2.engine import Trainer, UserError, load_config
-from fpn_d2.engine.precision import AutocastTrainer, amp_dtype, autocast, build_inner_trainer
+from fpn_d2.engine.precision import AutocastTrainer, WatchedTrainer, amp_dtype, autocast, build_inner_trainer
 
 from .small import small_config
 
@@ -106,7 +105,7 @@ def test_float16_on_a_cpu_is_refused():
 def test_the_detector_trains_in_both(tmp_path, scenes, enabled):
     cfg = small_config(tmp_path, scenes, "SOLVER.AMP.ENABLED", enabled, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2)
     trainer = Trainer(cfg)
-    assert type(trainer._trainer) is (AutocastTrainer if enabled else SimpleTrainer)
+    assert type(trainer._trainer) is (AutocastTrainer if enabled else WatchedTrainer)
     seen = []
     trainer.model.backbone.register_forward_hook(lambda module, inputs, maps: seen.append(maps["p3"].dtype))
     trainer.train()
