@@ -1,4 +1,4 @@
-"""Whether a model fits the boxes of a set: anchors that none of them matches, more objects than detections or memory."""
+"""Whether a model fits the boxes of a set: boxes without an anchor, more objects than detections, or than memory."""
 
 import os
 import re

@@ -82,7 +82,7 @@ def test_images_with_more_objects_than_detections(tmp_path):
 
 def test_the_number_of_anchors_is_that_of_detectron2s_generator(tmp_path):
     cfg = config(tmp_path)
-    cfg.merge_from_list(["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p6"], "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32]]])
+    cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR.SIZES = ["p2", "p3", "p6"], [[8], [16], [32]]
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96, 128), 192
     shapes = [ShapeSpec(channels=1, stride=2**k) for k in (2, 3, 6)]
     maps = [zeros(1, 1, 128 // s.stride, 192 // s.stride) for s in shapes]

@@ -195,12 +195,17 @@ def test_a_metric_that_is_not_measured_is_named_with_those_that_are(tmp_path, sc
     assert not os.path.exists(trainer.checkpointer.save_dir + "/model_best.pth")
 
 
-def test_the_trainer_evaluates_and_keeps_the_best_by_itself(tmp_path, scenes):
+@pytest.mark.parametrize("period", [0, 5])
+def test_the_trainer_keeps_the_best_where_there_is_a_choice(tmp_path, scenes, period):
+    """With an evaluation at the end alone, the "best" would be the last."""
     cfg = small_config(tmp_path, scenes, "SOLVER.MAX_ITER", 2, "TEST.BEST_METRIC", "bbox/AP50",
-                       "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+                       "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.EVAL_PERIOD", period)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     results = trainer.train()
+    if not period:
+        assert results["bbox"]["AP50"] >= 0 and not list((tmp_path / "out").glob("model_best*"))
+        return
     record = json.loads((tmp_path / "out" / "model_best.json").read_text())
     assert record == {"metric": "bbox/AP50", "value": results["bbox"]["AP50"], "iterations": 2}
     assert TEST in cfg.DATASETS.TEST

@@ -76,6 +76,17 @@ def test_the_last_iteration_is_not_evaluated_after_a_signal(tmp_path, scenes, mo
     assert (tmp_path / "out" / "model_final.pth").is_file()
 
 
+@pytest.mark.parametrize("iteration", [0, 1, 2])
+def test_an_end_in_the_first_iterations_is_no_division_by_zero(tmp_path, scenes, monkeypatch, iteration):
+    """After an iteration that has been written, Detectron2's printer divides by the iterations since."""
+    monkeypatch.setattr(hooks.PeriodicWriter, "after_step", lambda hook: [w.write() for w in hook._writers])
+    trainer = _trainer(tmp_path, scenes, *NO_TEST)
+    trainer.register_hooks([_Signal(iteration, signal.SIGTERM)])
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert trainer.checkpointer.get_checkpoint_file().endswith(f"model_{iteration:07d}.pth")
+
+
 @pytest.fixture
 def later(monkeypatch):
     """Makes each signal come long after the one before."""
