@@ -165,15 +165,23 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(CASES)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="SET", help="of tests.messy_data; without: all")
+    parser.add_argument("--json", type=Path, help="write the rows into this file too")
+    args = parser.parse_args(arguments)
     import fpn_d2.engine  # noqa: F401  before the processes are forked
 
+    rows = []
     print("| set | stock Detectron2 | fpn_d2 |\n| --- | --- | --- |")
-    for name in names:
+    for name in args.names or CASES:
         stock, ours = (in_a_process(run, CASES[name]) for run in (run_stock, run_ours))
-        print(f"| {name} | {stock_words(stock)} | {our_words(ours)} |", flush=True)
+        rows.append([name, stock_words(stock), our_words(ours)])
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

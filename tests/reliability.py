@@ -8,6 +8,7 @@ Each step's result is kept in --folder as soon as it is there: a run that was st
 ends badly is kept too, and is in the table.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -88,3 +89,82 @@ def results(part: str, folder: Path) -> list:
     """What the steps of a part that have run have written."""
     files = [folder / f"{name}.json" for name, _ in PARTS[part]()]
     return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def table_of_faults(folder: Path) -> list[str]:
+    """Kills, jobs, soak."""
+    runs = [run for step in results("kills", folder) for run in step]
+    lines = ["| fault | tried | what came of it |", "| --- | --- | --- |"]
+    if runs:
+        moments = [moment for run in runs for moment in run["moments"]]
+        equal = sum(not run["wrong"] for run in runs)
+        start_up = sum(m["iteration"] < 0 for m in moments)
+        lines.append(
+            f"| SIGKILL at a random moment, two workers, augmentation | {len(moments)} times in {len(runs)} trainings: "
+            f"{start_up} in start-up, {sum(m['saving'] for m in moments)} while a checkpoint was written | "
+            f"{equal} of {len(runs)} end with the weights, optimizer, trainer state and best checkpoint of one that "
+            "was not touched, bit for bit |"
+        )
+    for lines_of_jobs in results("jobs", folder):
+        for what, well in lines_of_jobs:
+            trial, _, outcome = what.partition(": ")
+            lines.append(f"| {trial} | once | {outcome if well else f'FAILS: {outcome}'} |")
+    for soak in results("soak", folder):
+        memory, files = soak["memory_kib"], soak["files"]
+        lines.append(
+            f"| nothing: a long run of a tiny model with two workers | {soak['iterations']:,} iterations | memory "
+            f"{memory[0] / 1024:.0f} MiB, at the end {memory[1] / 1024:.0f}; open files {files[0]}, at the end "
+            f"{files[1]}; {'flat' if soak['flat'] else 'NOT FLAT'} |"
+        )
+    return lines
+
+
+def table_of_fuzzing(folder: Path) -> list[str]:
+    lines = ["| target | inputs | read | refused | findings | slowest | memory |", "| --- " * 7 + "|"]
+    counts = results("fuzz", folder)
+    for target in TARGETS:
+        own = [count for count in counts if count["target"] == target]
+        if own:
+            total = {key: sum(count[key] for count in own) for key in ("inputs", "read", "refused", "found")}
+            lines.append(
+                f"| {target} | {' | '.join(f'{n:,}' for n in total.values())} | "
+                f"{max(c['slowest'] for c in own):.1f} s | {max(c['peak_mib'] for c in own)} MiB |"
+            )
+    inputs, found = (sum(count[key] for count in counts) for key in ("inputs", "found"))
+    lines.append(f"| together | {inputs:,} | | | {found} | | |")
+    return lines
+
+
+def table_of_messy(folder: Path) -> list[str]:
+    rows = [row for step in results("messy", folder) for row in step]
+    return ["| set | stock Detectron2 | fpn_d2 |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def write_table(folder: Path) -> None:
+    """Put what is there into the document."""
+    parts = [
+        ("### Faults", table_of_faults(folder)),
+        ("### Inputs of the fuzzer", table_of_fuzzing(folder)),
+        ("### Sets with one fault each", table_of_messy(folder)),
+    ]
+    text = "\n\n".join(f"{title}\n\n" + "\n".join(lines) for title, lines in parts if len(lines) > 2)
+    before, _, rest = DOCUMENT.read_text().partition(START)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{START}\n{text}\n\n{END}{after}")
+    print(f"wrote {DOCUMENT}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--folder", type=Path, default=ROOT / "output" / "reliability", help="where results are kept")
+    parser.add_argument("--table", action="store_true", help="write the table of what is there, and run nothing")
+    args = parser.parse_args(arguments)
+    if not args.table:
+        run_steps(args.part, args.folder)
+    write_table(args.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
