@@ -247,7 +247,7 @@ class Jobs:
         config = self._job("torchrun")
         opts = ["SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.CHECKPOINT_PERIOD", "1", *EVERYTHING]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["--max-restarts", "1", "train_net.py", "--config-file", str(config), *opts]
+        command += ["--max-restarts", "1", "--module", "tests.tiny", "--config-file", str(config), *opts]
         with open(config.parent / "said.txt", "w") as said:
             agent = subprocess.Popen(command, stdout=said, stderr=said, cwd=Path(__file__).resolve().parents[1])
             while not (config.parent / "model_0000002.pth").exists() and agent.poll() is None:

@@ -30,6 +30,7 @@ from fpn_d2.engine import Trainer, load_prepared, run
 from fpn_d2.files import UNFINISHED
 
 from .engine.small import MODEL
+from .tiny import TINY
 
 ITERATIONS = 12
 
@@ -57,7 +58,7 @@ def write_config(folder: Path, data: Path, **solver: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         **MODEL,
-        "MODEL": {**MODEL["MODEL"], "ROI_HEADS": {**MODEL["MODEL"]["ROI_HEADS"], "SCORE_THRESH_TEST": 0.0}},
+        "MODEL": {**TINY, "ROI_HEADS": {**TINY["ROI_HEADS"], "SCORE_THRESH_TEST": 0.0}},
         "DATASETS": {
             "COCO_FORMAT": [["kills_set", str(data / "set.json"), str(data)]], "TRAIN": ["kills_set"],
             "TEST": ["kills_set"],
@@ -162,8 +163,8 @@ def kill_and_finish(config: Path, kills: int, rng: random.Random, opts: tuple[st
             target = rng.randrange(saved - 1, ITERATIONS) if saved < ITERATIONS else -1
             while process.is_alive() and begun.value < target:
                 time.sleep(0.002)
-            # An iteration takes about 0.2 s, the start 1 s.
-            process.join(rng.random() * (0.4 if target >= saved else 1.0))
+            # An iteration takes some hundredths of a second, the start about half a second.
+            process.join(rng.random() * (0.1 if target >= saved else 1.0))
         process.kill()
         process.join()
         moments.append(

@@ -20,9 +20,6 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.engine import HookBase
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from torch import Tensor, nn
 
 from fpn_d2.engine import Trainer, load_config
 from fpn_d2.engine.signals import signals
@@ -33,47 +30,15 @@ _EVERY = 50  # iterations between two looks
 _RISE = 0.02  # of the memory after the first fifth, that the last fifth may have more
 
 
-class Tiny(Backbone):
-    """Four convolutions."""
-
-    def __init__(self, channels: int = 4):
-        super().__init__()
-        self._out_feature_strides = {f"res{k}": 2**k for k in (2, 3, 4, 5)}
-        self._out_feature_channels = dict.fromkeys(self._out_feature_strides, channels)
-        self._out_features = list(self._out_feature_strides)
-        strides = (4, 2, 2, 2)
-        self.stages = nn.ModuleList(
-            nn.Conv2d(3 if k == 0 else channels, channels, stride + 1, stride, stride // 2)
-            for k, stride in enumerate(strides)
-        )
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        maps = {}
-        for name, stage in zip(self._out_features, self.stages, strict=True):
-            image = maps[name] = stage(image).relu()
-        return maps
-
-
-def tiny_config(folder: Path, data: Path, iterations: int) -> Path:
+def long_config(folder: Path, data: Path, iterations: int) -> Path:
     """A detector that takes some hundredths of a second for an iteration."""
-    if "build_tiny_backbone" not in BACKBONE_REGISTRY:
-        BACKBONE_REGISTRY.register(_build)
     path = write_config(folder, data)
     config = yaml.safe_load(path.read_text())
-    config["MODEL"]["FPN"] |= {"BOTTOM_UP": "build_tiny_backbone", "OUT_CHANNELS": 4}
-    config["MODEL"]["ROI_BOX_HEAD"] |= {"FC_DIM": 4, "POOLER_RESOLUTION": 2}
     config["INPUT"] |= {"MIN_SIZE_TRAIN": [32, 48], "MIN_SIZE_TEST": 32}
     config["SOLVER"] |= {"MAX_ITER": iterations, "CHECKPOINT_PERIOD": max(1, iterations // 50), "CHECKPOINT_KEEP": 2}
     config["TEST"] |= {"EVAL_PERIOD": max(1, iterations // 20), "VAL_LOSS_PERIOD": 0}
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def _build(cfg: object, input_shape: ShapeSpec) -> Tiny:
-    return Tiny()
-
-
-_build.__name__ = "build_tiny_backbone"
 
 
 class Look(HookBase):
@@ -115,7 +80,7 @@ def judge(seen: list[dict]) -> dict:
 def soak(folder: Path, iterations: int, every: int = _EVERY) -> dict:
     """Train, and look."""
     make_data(folder / "data", images=40)
-    cfg = load_config(str(tiny_config(folder / "run", folder / "data", iterations)))
+    cfg = load_config(str(long_config(folder / "run", folder / "data", iterations)))
     cfg.freeze()
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     trainer = Trainer(cfg)
