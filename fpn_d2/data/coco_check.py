@@ -18,7 +18,7 @@ from fpn_d2.errors import shown, shown_value
 
 from .coco_annotations import DROP, FARTHEST, LARGEST_ID, AnnotationCheck, CheckOptions, ImageEntry
 from .defects import FILL, MEND, SKIP, Report
-from .image_files import look_at_all
+from .image_files import look_at_all, name_problem
 from .json_stream import JsonError, has_byte_order_mark, read_records, records_of
 from .voc_format import read_voc
 
@@ -175,7 +175,7 @@ class CocoCheck:
             self._note("image_id_beyond_64_bits", "the evaluation numbers the images by itself", own)
         elif type(own) is str and not self.report.counts["image_id_text"]:  # once: it is a property of the set
             self._note("image_id_text", "the evaluation numbers the images by itself", own)
-        problem = self._name_problem(name)
+        problem = name_problem(name, None if self._options.outside else self._folder)
         if problem:
             self._note(*problem, own)
             image.usable = False
@@ -186,15 +186,6 @@ class CocoCheck:
         elif self.image_folder is None:
             self._note("size_missing", f"{shown(name)}: width {shown_value(width)}, height {shown_value(height)}", own)
         return True
-
-    def _name_problem(self, name: Any) -> tuple[str, str] | None:
-        if not isinstance(name, str) or not name or "\0" in name:
-            return "file_name_wrong", f"expected text as file_name, got {shown_value(name)}"
-        if not self._options.outside and self.image_folder is not None:
-            folder = os.path.abspath(self.image_folder)
-            if not os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, "")):
-                return "file_outside_folder", f"{shown(name)} lies outside {shown(folder, 200)}"
-        return None
 
     def _category(self, index: int, record: dict) -> bool:
         own, name = record.get("id"), record.get("name")

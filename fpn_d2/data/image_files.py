@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from fpn_d2.errors import shown
+from fpn_d2.errors import shown, shown_value
 
 from .image_loading import EIGHT_BIT_MODES, read_image, reads_as_16_bits
 
@@ -125,6 +125,22 @@ def file_problem(path: str) -> tuple[str, str] | None:
         return "file_empty", f"{shown(path)} is empty"
     if not os.access(path, os.R_OK):
         return "file_unreadable", f"{shown(path)}: no permission to read it"
+    return None
+
+
+def name_problem(name: object, folder: str | os.PathLike | None) -> tuple[str, str] | None:
+    """Kind and message of what keeps an annotation file's ``file_name`` from being looked for.
+
+    Args:
+        name: What the file says.
+        folder: The image folder, which the name must not lead out of; None: it may.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        return "file_name_wrong", f"expected text as file_name, got {shown_value(name)}"
+    if folder is not None:
+        folder = os.path.abspath(folder)
+        if not os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, "")):
+            return "file_outside_folder", f"{shown(name)} lies outside {shown(folder, 200)}"
     return None
 
 

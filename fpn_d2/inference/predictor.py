@@ -4,6 +4,7 @@
     views of one size -> model -> Instances in pixels of the image
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from fpn_d2.data.fast_transforms import transform_image
+from fpn_d2.data.image_files import file_problem
 from fpn_d2.data.image_loading import read_image, to_chw
 from fpn_d2.errors import UserError, not_found
 
@@ -319,12 +321,15 @@ def read(path: str, image_format: str) -> np.ndarray:
     Raises:
         UserError: it does not exist, or cannot be read as an image; the text does not repeat the path of a bad file.
     """
+    kind, said = file_problem(path) or ("", "") if "://" not in path else ("", "")  # a pipe would block for ever
+    if kind == "file_missing":
+        raise UserError(f"there is no image {path}: {not_found(path)}")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, not an image")
+    if kind:
+        raise UserError(f"{said}: it cannot be read as an image")
     try:
         return read_image(path, image_format)
-    except FileNotFoundError:
-        raise UserError(f"there is no image {path}: {not_found(path)}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not an image") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} cannot be read as an image: it is of no kind that is known") from None
     except Exception as error:  # on a broken file the decoders raise almost anything

@@ -4,7 +4,6 @@ import codecs
 import functools
 import glob
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from fpn_d2.errors import UserError, not_found
+from fpn_d2.data.image_files import name_problem
+from fpn_d2.data.json_stream import read_records
+from fpn_d2.errors import UserError, not_found, shown
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 LIST_ENDING = ".txt"
@@ -158,16 +159,26 @@ def annotated(annotations: str, folder: str) -> tuple[list[Item], list[dict]]:
     if not os.path.isdir(os.path.expanduser(folder)):
         raise UserError(f"with annotations the source is the folder of their images; there is no folder {folder}")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-        images = [
-            Item(name := os.path.join(os.path.expanduser(folder), image["file_name"]), image=name, image_id=image["id"])
-            for image in content["images"]
-        ]
-        categories = [{"id": one["id"], "name": str(one["name"])} for one in content["categories"]]
+        images, categories = [], []
+        for key, index, value in read_records(path):
+            if key == "images" and index is not None:
+                images.append(_annotated(value, os.path.expanduser(folder)))
+            elif key == "categories" and index is not None:
+                categories.append({"id": value["id"], "name": str(value["name"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{annotations} is no COCO json with images and categories ({error})") from None
+        said = shown(str(error), 200)
+        raise UserError(f"{annotations} is no COCO json with images and categories ({said})") from None
+    if not images or not categories:
+        raise UserError(f"{annotations} is no COCO json with images and categories")
     return images, categories
+
+
+def _annotated(record: dict, folder: str) -> Item:
+    problem = name_problem(record["file_name"], folder)
+    if problem:
+        return Item(shown(str(record["file_name"]), 300), image_id=record["id"], error=problem[1])
+    name = os.path.join(folder, record["file_name"])
+    return Item(name, image=name, image_id=record["id"])
 
 
 def frames(name: str, skip: Callable[[str], bool] = lambda name: False) -> Iterator[Item]:
@@ -200,11 +211,14 @@ def frames(name: str, skip: Callable[[str], bool] = lambda name: False) -> Itera
         capture.release()
 
 
-def _folder(folder: str) -> Iterator[str]:
+def _folder(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
     for name in _in_order(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")):
         path = os.path.join(folder, name)
         if os.path.isdir(path):
-            yield from _folder(path)
+            yield from _folder(path, (*above, real))
         elif name.lower().endswith(_image_endings() + VIDEO_ENDINGS):
             yield path
 
