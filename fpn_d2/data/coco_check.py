@@ -175,7 +175,7 @@ class CocoCheck:
             self._note("image_id_beyond_64_bits", "the evaluation numbers the images by itself", own)
         elif type(own) is str and not self.report.counts["image_id_text"]:  # once: it is a property of the set
             self._note("image_id_text", "the evaluation numbers the images by itself", own)
-        problem = name_problem(name, None if self._options.outside else self._folder)
+        problem = name_problem(name, None if self._options.outside else self.image_folder)
         if problem:
             self._note(*problem, own)
             image.usable = False
