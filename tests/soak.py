@@ -21,7 +21,7 @@ import torch
 import yaml
 from detectron2.engine import HookBase
 
-from fpn_d2.engine import Trainer, load_config
+from fpn_d2.engine import Trainer, load_prepared
 from fpn_d2.engine.signals import signals
 
 from .kills import make_data, write_config
@@ -80,7 +80,7 @@ def judge(seen: list[dict]) -> dict:
 def soak(folder: Path, iterations: int, every: int = _EVERY) -> dict:
     """Train, and look."""
     make_data(folder / "data", images=40)
-    cfg = load_config(str(long_config(folder / "run", folder / "data", iterations)))
+    cfg = load_prepared(str(long_config(folder / "run", folder / "data", iterations)))
     cfg.freeze()
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     trainer = Trainer(cfg)
