@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from detectron2.modeling.proposal_generator import proposal_utils
 
 from fpn_d2.engine import launch as launch_function
 from fpn_d2.engine import load_prepared, run
@@ -50,6 +51,9 @@ def train(config: str, resume: bool, double: bool = False) -> None:
     """What train_net.py does in one of the processes; with ``double`` in float64."""
     if double:
         torch.set_default_dtype(torch.float64)
+        # Detectron2 suppresses boxes in float32 alone; here none is suppressed, so that this is but an order.
+        suppress = proposal_utils.batched_nms
+        proposal_utils.batched_nms = lambda boxes, scores, *rest: suppress(boxes, scores.float(), *rest)
     args = argparse.Namespace(resume=resume, eval_only=False, config_file="", opts=[])
     opts = ("SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.CHECKPOINT_PERIOD", "1")
     run(args, load_prepared(config, [*EVERYTHING, *opts]))
