@@ -185,9 +185,9 @@ class Jobs:
         if _ends(start(self._job("2 processes"), 2)) != [0]:
             raise SystemExit(f"2 processes: see {self._folder}")
 
-    def equal(self, counts: tuple[int, ...] = (2, 4)) -> None:
-        """Several processes, and one on the whole batch."""
-        for double in (False, True):
+    def equal(self, counts: tuple[int, ...] = (2, 4), precisions: tuple[bool, ...] = (False, True)) -> None:
+        """Several processes, and one on the whole batch; in float64 where ``precisions`` are true."""
+        for double in precisions:
             kind = "float64" if double else "float32"
             one = self._job(f"one {kind}")
             if _ends(start(one, 1, double=double)) != [0]:
@@ -291,6 +291,7 @@ def _environment(pid: int) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--namespaces", action="store_true")
+    parser.add_argument("--short", action="store_true", help="2 processes in float64, and one of two killed: no more")
     parser.add_argument("--folder", type=Path, help="keeps what the trainings write")
     parser.add_argument("--json", type=Path, help="write what came of it into this file too")
     args = parser.parse_args(arguments)
@@ -300,11 +301,15 @@ def main(arguments: list[str] | None = None) -> int:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         jobs = Jobs(folder)
         jobs.two_alone()
-        jobs.equal()
+        if args.short:
+            jobs.equal((2,), (True,))
+        else:
+            jobs.equal()
         jobs.killed()
-        jobs.stopped()
-        jobs.other_number()
-        jobs.torchrun()
+        if not args.short:
+            jobs.stopped()
+            jobs.other_number()
+            jobs.torchrun()
         if args.namespaces:
             jobs.machines()
     if args.json:
