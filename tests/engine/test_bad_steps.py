@@ -137,7 +137,7 @@ def test_a_step_is_made_again_from_its_file(tmp_path, scenes, capsys):
 
 def test_another_file_is_no_step(tmp_path, scenes, capsys):
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "a.pth")
-    assert main(["replay", str(tmp_path / "a.pth")]) == 1
+    assert main(["replay", str(tmp_path / "a.pth")]) == 2
     assert "holds no training step" in capsys.readouterr().err
 
 
