@@ -137,7 +137,7 @@ def top_scores(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for row in logits:
         # The k-th best of the best of each part: at least k are as high. Looking for it in 4 k numbers, not in all.
         width = max(1, len(row) // (4 * k))
-        parts = row[: len(row) // width * width].view(-1, width).amax(dim=1)
+        parts = row[: len(row) // width * width].view(width, -1).amax(dim=0)
         lowest = parts.topk(k).values[-1]
         # Not `row >= lowest`: a NaN counts as the largest, here as in a sort.
         candidates = (~(row < lowest)).nonzero()[:, 0]
