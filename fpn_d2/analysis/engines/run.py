@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpn_d2.engine import UserError
 from fpn_d2.inference import Predictor
-from fpn_d2.inference.export import Exported, export_detector, graph_of
+from fpn_d2.inference.export import Exported, export_detector
 from fpn_d2.inference.export.engines import open_engine
 
 from .. import parity
@@ -139,12 +139,3 @@ def check_names(engines: Sequence[str]) -> None:
     for name in engines:
         if name not in ENGINES:
             raise UserError(f"there is no engine {name!r}; expected one of {', '.join(ENGINES)}")
-
-
-def can_be_exported(model: Model) -> str:
-    """Why a model cannot be exported, in a sentence; "" where it can."""
-    try:
-        graph_of(model.network)
-    except UserError as error:
-        return str(error)
-    return ""
