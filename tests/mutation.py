@@ -333,7 +333,7 @@ def _write(name: str, content: dict) -> None:
     (KEPT / f"{name}.json").write_text(json.dumps(content, indent=1))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Are single small faults in the wiring noticed by a test?")
     parser.add_argument("--sample", type=int, default=100, help="number of faults")
     parser.add_argument("--seed", type=int, default=1)
@@ -342,7 +342,11 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=900, help="seconds for the tests of one fault")
     parser.add_argument("--part", default="1/1", help="I/N: only each N-th of the sample, beginning with the I-th")
     parser.add_argument("--list", action="store_true", help="only print the sample")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     until = time.monotonic() + arguments.seconds
     every = [fault for fault in faults() if arguments.only in fault.file]
     # By a hash of what they are, so that a change elsewhere leaves the sample as it is.

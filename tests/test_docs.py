@@ -20,6 +20,7 @@ from fpn_d2.engine import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 from tests.compatibility import parser as compatibility_parser
+from tests.mutation import build_parser as mutation_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -180,6 +181,8 @@ def test_commands_parse(name, line):
         assert (ROOT / words[1]).exists()
     elif words[:3] == ["python", "-m", "tests.compatibility"]:
         compatibility_parser().parse_args(words[3:])
+    elif words[:3] == ["python", "-m", "tests.mutation"]:
+        mutation_parser().parse_args(words[3:])
     else:
         assert words[0] == "python" and words[1] in ("train_net.py", "tools/train_net.py"), line
         check_training_command(words[2:])
