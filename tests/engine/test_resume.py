@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fpn_d2.engine import Trainer, UserError
+from fpn_d2.engine.resume import put_rates
 
 from .small import small_config
 
@@ -153,3 +154,13 @@ def test_a_loss_scale_is_loaded_where_there_is_one_and_new_where_not(saved, scen
     trainer.resume_or_load(resume=True)
     if scaler_now:
         assert trainer._trainer.grad_scaler.loaded == [{"scale": 1024.0}] * scaler_then
+
+
+def test_new_rates_go_on_where_the_schedule_is():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 0.5**iteration)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    put_rates(scheduler, [0.4])
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] == pytest.approx(0.4 * 0.25)
