@@ -183,8 +183,9 @@ def test_what_a_checkpoint_knows_of_processes_and_numbers(tmp_path, scenes, capl
     with caplog.at_level(logging.WARNING):
         trainer.load_state_dict(state)
         assert "processes" not in caplog.text and trainer.model.running_mean_of_objects == 7.5
-        trainer.load_state_dict(state | {"processes": 3})
-    assert "The training had 3 processes and has 1" in caplog.text
+        inner = state["_trainer"] | {"iteration": 3}
+        trainer.load_state_dict(state | {"processes": 3, "_trainer": inner})
+    assert "The training had 3 processes and has 1" in caplog.text and trainer._trainer.iter == 3
 
 
 def test_the_order_of_the_images_follows_the_seed(tmp_path, scenes):
