@@ -86,7 +86,7 @@ def test_everything_registered_is_in_the_table_of_models():
     registries = (NECK_REGISTRY, ROI_RULE_REGISTRY)
     names = [*known_bottom_ups(), *(name for registry in registries for name, _ in registry)]
     assert len(names) > 15
-    for name in names:
+    for name in set(names) - {"build_tiny_backbone"}:  # of tests/tiny.py
         assert re.search(rf"^(\| {name} \||Not built: {name}\.)", text, re.MULTILINE), (
             f"{name} is not in models.md: run python docs/generate.py --models"
         )

@@ -258,7 +258,9 @@ def test_ids_of_an_annotation_file_and_its_figures(tmp_path, images):
     moved = evaluate_predictions(path, str(tmp_path / "moved.json"))
     assert moved["AP"] < 50 < 100 * moved["AP50"]
     with pytest.raises(UserError, match="classes blue.*not among"):
-        (tmp_path / "other.json").write_text('{"images": [], "categories": [{"id": 1, "name": "cat"}]}')
+        image = {"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}
+        other = {"images": [image], "categories": [{"id": 1, "name": "cat"}]}
+        (tmp_path / "other.json").write_text(json.dumps(other))
         predict(finder(48), [str(images)], str(tmp_path / "o2"), annotations=str(tmp_path / "other.json"))
 
 

@@ -94,7 +94,8 @@ def test_every_builder_is_tested_here():
     builders = {builder for builder, *_ in PATHWAYS.values()}
     # Two of Detectron2's make whole pyramids.
     whole = {"build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
-    assert set(known_bottom_ups()) == builders | whole
+    of_tests = {"build_tiny_backbone"}  # tests/tiny.py, where it has been imported
+    assert set(known_bottom_ups()) - of_tests == builders | whole
 
 
 @pytest.mark.parametrize("name", cases())

@@ -131,8 +131,9 @@ def test_page_holds_the_figures_and_needs_nothing_else(folder, result):
         for seconds in row["seconds"].values():
             assert f"{seconds['median'] * 1e3:.1f}" in page.cells
         ratio = f"{row['times_as_fast']['B']['median']:.2f}x ("
-        place = next(i for i, cell in enumerate(page.cells) if cell.startswith(ratio))
-        assert page.cells[place - (5 if row in result["inference"] else 3)] == "A"  # in whose row it stands
+        places = [i for i, cell in enumerate(page.cells) if cell.startswith(ratio)]  # others may be equal
+        before = 5 if row in result["inference"] else 3
+        assert any(page.cells[place - before] == "A" for place in places)  # in whose row it stands
     assert f"{result['models'][0]['macs']['total'] / 1e9:.4g}" in page.cells
     assert "COCO-Detection/retinanet_R_50_FPN_1x" not in page.cells  # the zoo, of which neither config is
     assert len(page.images) == 5
@@ -234,7 +235,7 @@ def test_numbers_that_are_not_finite_become_null(config, tmp_path):
     saved = build_one("A", config, path, cfg, "").network
     with torch.no_grad():
         saved.backbone.fpn_output2.weight.fill_(float("nan"))
-    ReportingCheckpointer(saved, str(tmp_path)).save("nan")
+    torch.save({"model": saved.state_dict()}, tmp_path / "nan.pth")  # our own checkpointer refuses to
     plan = Plan(**QUICK | {"rounds": 1}, weights=str(tmp_path / "nan.pth"), output=str(tmp_path / "out"))
     found = run_compare(config, config, plan, progress=False)
 
