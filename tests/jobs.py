@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from detectron2.modeling.proposal_generator import proposal_utils
 
+from fpn_d2.engine import Trainer, load_prepared, run
 from fpn_d2.engine import launch as launch_function
-from fpn_d2.engine import load_prepared, run
 
 from .kills import make_data, write_config
 
@@ -44,6 +44,7 @@ EVERYTHING = (
     "INPUT.MIN_SIZE_TRAIN", "(64,)",
 )
 ITERATIONS = 8
+_PAUSE = 0.2  # seconds before each iteration: they are over sooner than a busy machine comes to the kill
 # As many terms as no sum of a step has: the cells of p2 of four images of 64 x 64 pixels, times 64 channels.
 TERMS = 4 * 16 * 16 * 64
 
@@ -55,6 +56,8 @@ def train(config: str, resume: bool, double: bool = False) -> None:
         # Detectron2 suppresses boxes in float32 alone; here none is suppressed, so that this is but an order.
         suppress = proposal_utils.batched_nms
         proposal_utils.batched_nms = lambda boxes, scores, *rest: suppress(boxes, scores.float(), *rest)
+    before_step = Trainer.before_step
+    Trainer.before_step = lambda trainer: (time.sleep(_PAUSE), before_step(trainer))  # time to be killed in
     args = argparse.Namespace(resume=resume, eval_only=False, config_file="", opts=[])
     opts = ("SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.CHECKPOINT_PERIOD", "1")
     run(args, load_prepared(config, [*EVERYTHING, *opts]))
@@ -277,7 +280,10 @@ class Jobs:
             status = _ends(*both)
             seconds = time.monotonic() - killed
             begun = (config.parent / "model_0000002.pth").exists()
-            self._show(f"machine 1 of 2 killed: the other one ends after {seconds:.1f} s", begun and status == [1, -9])
+            self._show(
+                f"machine 1 of 2 killed: the other one ends after {seconds:.1f} s with status {status[0]}",
+                begun and status == [1, -9],
+            )
             same = self._same_as_two(config, _ends(*[start(config, 1, True, machine=k, url=url) for k in (0, 1)]))
             self._show("both started again: the weights of two processes on one machine, bit for bit", same)
 
