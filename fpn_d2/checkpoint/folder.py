@@ -91,6 +91,11 @@ def damage(path: str) -> str:
     return ""
 
 
+def has_checkpoint(folder: str) -> bool:
+    """Whether there is one to go on from, sound or not."""
+    return os.path.isfile(_named(folder)) or bool(_all(folder, _OURS))
+
+
 def newest_good(folder: str) -> str:
     """The checkpoint to go on from: the one that ``last_checkpoint`` names, or else the newest whose file is sound.
 

@@ -19,6 +19,7 @@ from fpn_d2.checkpoint.reading import read_checkpoint, read_weights
 from fpn_d2.config import get_cfg
 from fpn_d2.config_files import parse_config
 from fpn_d2.errors import UserError
+from fpn_d2.modeling import without_timm_weights
 
 from .precision import autocast
 from .randomness import random_states_put_back, seed_all
@@ -144,7 +145,7 @@ def replay(file: str, weights: str = "") -> str:
     cfg = get_cfg()
     cfg.merge_from_other_cfg(CfgNode(parse_config(record[KEY]["config"], file)))
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).train()
+    model = build_model(without_timm_weights(cfg)).train()
     model.load_state_dict(read_checkpoint(weights)["model"])
     for module, numbers in step["numbers"].items():
         vars(model.get_submodule(module)).update(numbers)

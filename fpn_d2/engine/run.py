@@ -16,12 +16,14 @@ from detectron2.utils import comm
 
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import contents
+from fpn_d2.checkpoint.folder import has_checkpoint
 from fpn_d2.data import check_others, register_from_config
 from fpn_d2.data.findings import into_the_log
 from fpn_d2.errors import UserError, one_line, user_mistakes_end_the_program
 from fpn_d2.evaluation.pictures import draw_detections
 from fpn_d2.evaluation.results import headline, results_table
 from fpn_d2.files import writable_folder
+from fpn_d2.modeling import without_timm_weights
 
 from .checks import check_data_files, check_test_augmentation, check_weight_file
 from .determinism import check_deterministic
@@ -76,11 +78,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
         if train and short_schedule(cfg):
             logger.warning(short_schedule(cfg))
         if args.eval_only:
-            cfg = on_this_machine(cfg)
-            cfg.defrost()
-            # Everything comes from the checkpoint; what training started from may be gone.
-            cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
-            cfg.freeze()
+            cfg = without_timm_weights(on_this_machine(cfg))
             model = Trainer.build_model(cfg)
             ReportingCheckpointer(
                 model,
@@ -90,8 +88,9 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict:
                 about=contents(cfg),
             ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=resumes(args.resume, cfg.OUTPUT_DIR))
+            resume = resumes(args.resume, cfg.OUTPUT_DIR)
+            trainer = Trainer(cfg, from_checkpoint=resume and has_checkpoint(cfg.OUTPUT_DIR))
+            trainer.resume_or_load(resume=resume)
             cfg, model = trainer.cfg, trainer.model
             if trainer.start_iter >= trainer.max_iter:
                 logger.warning(

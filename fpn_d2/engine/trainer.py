@@ -24,6 +24,7 @@ from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import TrainingMapper
 from fpn_d2.evaluation.evaluators import build_evaluator
+from fpn_d2.modeling import without_timm_weights
 
 from .bad_steps import BadSteps
 from .determinism import deterministic
@@ -54,14 +55,21 @@ class Trainer(DefaultTrainer):
     optimizer on every version of Detectron2, validation loss, best checkpoint, progress bar, test-time augmentation.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, *, from_checkpoint: bool = False):
+        """Make everything that a training needs.
+
+        Args:
+            cfg: The configuration.
+            from_checkpoint: `resume_or_load` will find a checkpoint to resume from: no weights of timm's are looked
+                for, which this machine may not have.
+        """
         # DefaultTrainer.__init__ has no seam for the wrapping of the model (it hands DistributedDataParallel a GPU),
         # for the inner trainer or for the checkpointer. So the same objects are made here, in the same order.
         TrainerBase.__init__(self)
         about = contents(cfg)
         cfg = on_this_machine(cfg)
         cfg = scale_learning_rate(self.auto_scale_workers(cfg, comm.get_world_size()))
-        model = self.build_model(cfg)
+        model = self.build_model(without_timm_weights(cfg) if from_checkpoint else cfg)
         optimizer = self.build_optimizer(cfg, model)
         # Detectron2's numbers are drawn by now; all processes agree on this one.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
-import fpn_d2.modeling  # noqa: F401  (registers)
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import KEY, classes_of_data
 from fpn_d2.checkpoint.reading import read_checkpoint
@@ -16,6 +15,7 @@ from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.config_files import check_value, merge_config_file, parse_config
 from fpn_d2.config_names import find_config
 from fpn_d2.errors import UserError, not_found
+from fpn_d2.modeling import without_timm_weights
 
 from .optimize import optimize_for_inference
 from .predictor import Predictor, number_of_classes
@@ -78,7 +78,7 @@ def load(
     cfg.defrost()
     cfg.MODEL.DEVICE = _device(device)
     cfg.MODEL.WEIGHTS = path
-    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""  # everything comes from the checkpoint
+    cfg = without_timm_weights(cfg)
     cfg.freeze()
     model = build_model(cfg).eval()
     ReportingCheckpointer(model, save_to_disk=False, partial_weights=cfg.MODEL.PARTIAL_WEIGHTS, whole=True).load(path)

@@ -3,7 +3,14 @@
 
 from .anchors import TorchvisionAnchorGenerator
 from .backbone import build_fpn_backbone
-from .bottom_up import HybridResNetViT, RegNetBackbone, TimmBackbone, ViTBackbone, expected_preprocessing
+from .bottom_up import (
+    HybridResNetViT,
+    RegNetBackbone,
+    TimmBackbone,
+    ViTBackbone,
+    expected_preprocessing,
+    without_timm_weights,
+)
 from .extractors import ROIExtractor
 from .level_assign import CanonicalLevelAssigner, canonical_levels
 from .necks import FPN, NASFPN, NECK_REGISTRY, PAFPN, BiFPN, ImagePyramid, Neck, SimpleFeaturePyramid, build_neck
@@ -42,4 +49,5 @@ __all__ = [
     "build_pooler",
     "canonical_levels",
     "expected_preprocessing",
+    "without_timm_weights",
 ]

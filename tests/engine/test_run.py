@@ -1,19 +1,23 @@
 """What each process does: checks before any work starts, Ctrl-C, and the line at the end."""
 
 import argparse
+import importlib.metadata
 import logging
 import signal
 import sys
 
 import pytest
+import torch
 import yaml
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+import fpn_d2
 from fpn_d2.engine import ReportingCheckpointer, Trainer, load_prepared, run
 from fpn_d2.engine.device import on_this_machine
 from fpn_d2.engine.run import _show, _train
 from fpn_d2.errors import UserError
+from tests import lite_package
 
 from .small import TRAIN, small_config, write_config
 
@@ -131,6 +135,30 @@ def test_config_yaml_is_what_was_asked_for_and_an_evaluation_leaves_it_alone(tmp
     cfg, _ = _asked_for(tmp_path, scenes, *evaluated, "OUTPUT_DIR", tmp_path / "other")
     _runs(cfg, eval_only=True)
     assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["MODEL"]["DEVICE"] == "cuda"
+
+
+def test_what_a_training_with_packaged_weights_leaves_needs_the_package_no_more(tmp_path, scenes, monkeypatch):
+    pytest.importorskip("timm")
+    preprocessing = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [127.5] * 3]
+    keys = ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.WEIGHTS", "package:efficientnet_lite0"]
+    keys += [*preprocessing, "TEST.PICTURE_IMAGES", 0, "SOLVER.MAX_ITER"]
+    with monkeypatch.context() as patch:
+        lite_package.install(tmp_path / "installed", patch, lite_package.random_file())
+        _runs(_asked_for(tmp_path, scenes, *keys, 1)[0])
+    monkeypatch.setattr(importlib.metadata, "distribution", _not_installed)
+    with pytest.raises(SystemExit):
+        _runs(_asked_for(tmp_path, scenes, *keys, 1)[0])
+    _runs(_asked_for(tmp_path, scenes, *keys, 2)[0], resume=True)
+    final = tmp_path / "out" / "model_final.pth"
+    assert torch.load(final)["iteration"] == 1
+    held = yaml.safe_load(torch.load(final)["fpn_d2"]["config"])["MODEL"]["TIMM"]
+    assert held["WEIGHTS"] == "package:efficientnet_lite0"  # what the training started from is not forgotten
+    _runs(_asked_for(tmp_path, scenes, *keys, 2, "MODEL.WEIGHTS", final)[0], eval_only=True)
+    assert fpn_d2.load(final, device="cpu").model.backbone.bottom_up.output_shape()["res5"].channels == 320
+
+
+def _not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_an_evaluation_runs_without_the_training_set(tmp_path, scenes, capfd):

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from fpn_d2.analysis.errors.detections import Scored
+from fpn_d2.modeling import without_timm_weights
 
 from .config_advice import Advice
 
@@ -69,10 +70,9 @@ def training_memory(cfg: CfgNode, size: tuple[int, int], objects: int) -> Traini
     """
     if not all(re.fullmatch(r"p\d+", name) for name in _anchor_levels(cfg)):
         return None
-    cfg = cfg.clone()
+    cfg = without_timm_weights(cfg)
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.MODEL.NUMERICS = "meta", "exact"
-    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
     try:
         with torch.device("meta"):
             model = build_model(cfg).train()

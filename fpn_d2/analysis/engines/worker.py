@@ -33,10 +33,12 @@ def detector_of(task: dict) -> Callable[[], int]:
 
     from detectron2.modeling import build_model
 
+    from fpn_d2.modeling import without_timm_weights
+
     from ..subjects import optimized, random_batch, read_config
 
     _, cfg = read_config(task["config"], task["opts"], "cpu")
-    network = build_model(cfg).eval()
+    network = build_model(without_timm_weights(cfg)).eval()
     network.load_state_dict(torch.load(task["state"], weights_only=True))
     if task["optimize"]:
         network = optimized(network, task["optimize"])

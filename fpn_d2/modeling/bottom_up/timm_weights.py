@@ -11,6 +11,7 @@ from torch import nn
 from fpn_d2.checkpoint.reading import read_weights
 from fpn_d2.errors import UserError
 
+from .packaged_weights import is_packaged, packaged, read_packaged
 from .timm_download import cannot_download, find_pretrained
 
 PREPROCESSING = ("refuse", "ignore")
@@ -57,7 +58,7 @@ def create_model(name: str, options: dict, **more) -> nn.Module:
             cannot be downloaded.
     """
     try:
-        return require_timm().create_model(name, **(options | more))
+        model = require_timm().create_model(name, **(options | more))
     except OSError as error:
         if not more.get("pretrained"):
             raise
@@ -70,19 +71,24 @@ def create_model(name: str, options: dict, **more) -> nn.Module:
             f"timm cannot make {name} with {asked} ({type(error).__name__}: {error}); choose another MODEL.TIMM.NAME, "
             "or other MODEL.TIMM.OPTIONS"
         ) from error
+    for module in model.modules():  # timm keeps what it was told, which would go into every copy
+        if isinstance(getattr(module, "pretrained_cfg", None), dict):
+            module.pretrained_cfg.pop("state_dict", None)
+    return model
 
 
 def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> dict:
     """Return the arguments of ``timm.create_model`` that load the weights asked for.
 
-    A file is first loaded into the whole model of ``name``, classifier and all, where every tensor has to match:
+    They are first loaded into the whole model of ``name``, classifier and all, where every tensor has to match:
     timm itself is silent about tensors that fit nowhere as soon as there is no classifier.
 
     Args:
         name: of the model.
         options: arguments that the model is made with.
         pretrained: let timm download its own weights.
-        weights: a file in timm's format for this model, .safetensors or .pth; empty: none.
+        weights: a file in timm's format for this model, .safetensors or .pth, or "package:" and the name of one of
+            `packaged_weights.PACKAGES`; empty: none.
 
     Raises:
         UserError: both are asked for, there is no such file, it does not fit the model, or nothing can be downloaded.
@@ -91,7 +97,28 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
         downloaded = find_pretrained(name, pretrained_cfg(name)) if pretrained else ""
         return {"pretrained": pretrained} | ({"pretrained_cfg_overlay": {"file": downloaded}} if downloaded else {})
     if pretrained:
-        raise UserError("MODEL.TIMM.PRETRAINED is True and MODEL.TIMM.WEIGHTS is a file; set only one of them")
+        raise UserError(f"MODEL.TIMM.PRETRAINED is True and MODEL.TIMM.WEIGHTS is {weights}; set only one of them")
+    if is_packaged(weights):
+        state = read_packaged(weights, name)
+        overlay = {"state_dict": state}
+    else:
+        state = _read_file(weights)
+        overlay = {"file": str(weights)}
+    classifier = pretrained_cfg(name).classifier or ()
+    heads = [classifier] if isinstance(classifier, str) else list(classifier)
+    sizes = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]
+    # As many classes as the weights have: then timm loads strictly.
+    overlay["num_classes"] = sizes[0] if sizes else 0
+    whole = {"pretrained": True, "num_classes": overlay["num_classes"], "pretrained_cfg_overlay": overlay}
+    try:
+        require_timm().create_model(name, **(options | whole))
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"MODEL.TIMM.WEIGHTS {weights} does not fit timm's {name}: {error}") from error
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _read_file(weights: str) -> dict:
+    """The tensors of a file, under timm's names."""
     if not os.path.isfile(weights):
         raise UserError(f"MODEL.TIMM.WEIGHTS is {weights!r}, but there is no such file")
     require_timm()
@@ -99,20 +126,9 @@ def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> d
 
     try:
         read_weights(weights)  # first: timm's own reader may, in some of its versions, run what a file holds
-        state = load_state_dict(weights)
+        return load_state_dict(weights)
     except Exception as error:  # whatever torch, safetensors or pickle say of bytes that are something else
         raise UserError(f"MODEL.TIMM.WEIGHTS {weights} cannot be read as weights: {error}") from error
-    classifier = pretrained_cfg(name).classifier or ()
-    heads = [classifier] if isinstance(classifier, str) else list(classifier)
-    sizes = [len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state]
-    # As many classes as the file has: then timm loads strictly.
-    overlay = {"file": str(weights), "num_classes": sizes[0] if sizes else 0}
-    whole = {"pretrained": True, "num_classes": overlay["num_classes"], "pretrained_cfg_overlay": overlay}
-    try:
-        require_timm().create_model(name, **(options | whole))
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"MODEL.TIMM.WEIGHTS {weights} does not fit timm's {name}: {error}") from error
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
 def pretrained_cfg(name: str):
@@ -151,14 +167,35 @@ def check_preprocessing(cfg: CfgNode) -> None:
         raise UserError(f"MODEL.TIMM.PREPROCESSING is {keys.PREPROCESSING!r}; expected refuse or ignore")
     if keys.PREPROCESSING == "ignore" or not (keys.PRETRAINED or keys.WEIGHTS):
         return
-    image_format, mean, std = expected_preprocessing(keys.NAME)
+    name = model_name(cfg)
+    image_format, mean, std = expected_preprocessing(name)
     pairs = [*zip(cfg.MODEL.PIXEL_MEAN, mean, strict=False), *zip(cfg.MODEL.PIXEL_STD, std, strict=False)]
     if cfg.INPUT.FORMAT != image_format or any(abs(a - b) > 0.05 for a, b in pairs):
         raise UserError(
-            f"the weights of timm's {keys.NAME} expect other images than the configuration makes; put\n"
+            f"the weights of timm's {name} expect other images than the configuration makes; put\n"
             f'INPUT.FORMAT: "{image_format}"\nMODEL.PIXEL_MEAN: {mean}\nMODEL.PIXEL_STD: {std}\n'
             "there, or set MODEL.TIMM.PREPROCESSING to ignore"
         )
+
+
+def model_name(cfg: CfgNode) -> str:
+    """MODEL.TIMM.NAME, or where that is empty the model of the package that MODEL.TIMM.WEIGHTS names; "": neither."""
+    keys = cfg.MODEL.TIMM
+    return packaged(keys.WEIGHTS).model if not keys.NAME and is_packaged(keys.WEIGHTS) else keys.NAME
+
+
+def without_timm_weights(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg``, frozen as it is, for a model that gets all its weights from a checkpoint.
+
+    What its training started from may be gone, or may never have been on this machine.
+    """
+    copy = cfg.clone()
+    copy.defrost()
+    copy.MODEL.TIMM.NAME = model_name(cfg)
+    copy.MODEL.TIMM.PRETRAINED, copy.MODEL.TIMM.WEIGHTS = False, ""
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
 
 
 def timm_arguments(cfg: CfgNode) -> dict:
@@ -168,11 +205,12 @@ def timm_arguments(cfg: CfgNode) -> dict:
         UserError: no model is named, or the images are not as its weights expect them.
     """
     keys = cfg.MODEL.TIMM
-    if not keys.NAME:
+    name = model_name(cfg)
+    if not name:
         raise UserError(f"{cfg.MODEL.FPN.BOTTOM_UP} needs a timm model: set MODEL.TIMM.NAME, e.g. to resnet50")
     check_preprocessing(cfg)
     return {
-        "name": keys.NAME,
+        "name": name,
         "pretrained": keys.PRETRAINED,
         "weights": keys.WEIGHTS,
         "options": pairs_to_options(keys.OPTIONS, "MODEL.TIMM.OPTIONS"),
