@@ -28,8 +28,10 @@ from pathlib import Path
 import torch
 from detectron2.modeling.proposal_generator import proposal_utils
 
+import train_net
 from fpn_d2.engine import Trainer, load_prepared, run
 from fpn_d2.engine import launch as launch_function
+from fpn_d2.engine.launch import under_torchrun
 
 from .kills import make_data, write_config
 
@@ -56,11 +58,16 @@ def train(config: str, resume: bool, double: bool = False) -> None:
         # Detectron2 suppresses boxes in float32 alone; here none is suppressed, so that this is but an order.
         suppress = proposal_utils.batched_nms
         proposal_utils.batched_nms = lambda boxes, scores, *rest: suppress(boxes, scores.float(), *rest)
-    before_step = Trainer.before_step
-    Trainer.before_step = lambda trainer: (time.sleep(_PAUSE), before_step(trainer))  # time to be killed in
+    _pause_before_steps()
     args = argparse.Namespace(resume=resume, eval_only=False, config_file="", opts=[])
     opts = ("SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.CHECKPOINT_PERIOD", "1")
     run(args, load_prepared(config, [*EVERYTHING, *opts]))
+
+
+def _pause_before_steps() -> None:
+    """Give time to be killed in."""
+    before_step = Trainer.before_step
+    Trainer.before_step = lambda trainer: (time.sleep(_PAUSE), before_step(trainer))
 
 
 def start(config: Path, processes: int, resume: bool = False, machine: int = 0, url: str | None = None, double=False):
@@ -256,7 +263,7 @@ class Jobs:
         config = self._job("torchrun")
         opts = ["SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.CHECKPOINT_PERIOD", "1", *EVERYTHING]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["--max-restarts", "1", "--module", "tests.tiny", "--config-file", str(config), *opts]
+        command += ["--max-restarts", "1", "--module", "tests.jobs", "--config-file", str(config), *opts]
         with open(config.parent / "said.txt", "w") as said:
             agent = subprocess.Popen(command, stdout=said, stderr=said, cwd=Path(__file__).resolve().parents[1])
             while not (config.parent / "model_0000002.pth").exists() and agent.poll() is None:
@@ -298,6 +305,10 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if under_torchrun():  # one of those that `Jobs.torchrun` has started
+        _pause_before_steps()
+        train_net.main(arguments)
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--namespaces", action="store_true")
     parser.add_argument("--short", action="store_true", help="2 processes in float64, and one of two killed: no more")

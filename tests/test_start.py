@@ -91,6 +91,8 @@ def test_nobody_is_warned_of_what_libraries_do():
         ("`torch.jit.script` is deprecated. Please switch to", "FutureWarning"),
         ("torch.meshgrid: in an upcoming release, it will be required", "UserWarning"),
         ("The given NumPy array is not writable, and PyTorch does not support", "UserWarning"),
+        ("TypedStorage is deprecated. It will be removed in the future and", "UserWarning"),
+        ("`broadcast_buffers` is deprecated. Use `forward_sync_buffers` instead.", "FutureWarning"),
         ("something else", "UserWarning"),
     ]
     calls = "".join(f"; warnings.warn({text!r}, {kind})" for text, kind in told)

@@ -64,6 +64,8 @@ for _message in (
     ".*torch.jit.script.* is deprecated",
     "torch.meshgrid: in an upcoming release",
     "The given NumPy array is not writable",
+    "TypedStorage is deprecated",
+    ".broadcast_buffers. is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_message)
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in str(record.msg))

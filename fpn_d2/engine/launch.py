@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from fpn_d2.errors import UserError
 from fpn_d2.huge_pages import ask_for_huge_pages
 
+from .meeting import store_of_torchrun, wait_for_the_others
 from .processes import lost_connection, run_processes
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -133,10 +134,19 @@ class Job:
             torch.cuda.set_device(local_rank)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.local_processes))
+        where = self.url or self.address or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        wait_for_the_others(lambda: self._connect(local_rank, rank), where)
+
+    def _connect(self, local_rank: int, rank: int) -> None:
+        if self.on_gpus:
+            torch.cuda.set_device(local_rank)  # of this thread
         where: dict = {"init_method": self.url or "env://"}
+        store = None if self.url or self.address else store_of_torchrun(rank, self.processes, DEFAULT_TIMEOUT)
         if self.address:
             host, port = self.address.split(":")
-            where = {"store": dist.TCPStore(host, int(port), None, False)}
+            store = dist.TCPStore(host, int(port), None, False)
+        if store is not None:
+            where = {"store": store}
         dist.init_process_group(
             "nccl" if self.on_gpus else "gloo", **where, world_size=self.processes, rank=rank, timeout=DEFAULT_TIMEOUT
         )
