@@ -182,12 +182,13 @@ def save(folder, kind, change=None, classes=1000):
 
 
 @pytest.mark.parametrize("kind,classes", [("safetensors", 1000), ("pth", 7), ("pth", 0)])
-def test_weights_file_is_loaded_whatever_its_classes(tmp_path, kind, classes):
+def test_weights_file_is_loaded_whatever_its_classes(tmp_path, kind, classes, caplog):
     path, state = save(tmp_path, kind, classes=classes)
     loaded = build("mobilenetv4_conv_small", weights=path).body.state_dict()
     assert len(loaded) > 100
     for key, value in loaded.items():
         assert torch.equal(value, state[key.replace("blocks_", "blocks.")]), key
+    assert "Unexpected keys" not in caplog.text  # of the layers behind the last map
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,23 @@ def test_what_was_downloaded_before_needs_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(timm_download, "_unreachable", lambda address: "no network")
     built = build("resnet18", pretrained=True).state_dict()
     torch.testing.assert_close(built["body.layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+
+
+def test_what_torchvision_has_downloaded_is_found(monkeypatch, tmp_path):
+    """For weights of torchvision, timm names the same files, and both keep them in the same folder."""
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(timm_download, "_unreachable", lambda address: "no network")
+    file = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    with pytest.raises(UserError, match=rf"bring https://\S+ to {tmp_path}/checkpoints/{file}\)$"):
+        TimmBackbone("resnet18.tv_in1k", pretrained=True)
+    (tmp_path / "checkpoints").mkdir()
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, tmp_path / "checkpoints" / file)
+    built = TimmBackbone("resnet18.tv_in1k", pretrained=True).state_dict()
+    assert torch.equal(built["body.layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
+    with pytest.raises(UserError, match=r"on this machine already, for MODEL.TIMM.NAME: resnet18.tv_in1k$"):
+        build("resnet18", pretrained=True)
 
 
 def test_any_answer_of_a_server_will_do_and_none_is_told():

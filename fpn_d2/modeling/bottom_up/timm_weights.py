@@ -1,8 +1,11 @@
 """What timm is asked for by name: models, their weights, and the preprocessing that the weights expect."""
 
+import contextlib
 import difflib
 import importlib
+import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 from detectron2.config import CfgNode
@@ -58,7 +61,8 @@ def create_model(name: str, options: dict, **more) -> nn.Module:
             cannot be downloaded.
     """
     try:
-        model = require_timm().create_model(name, **(options | more))
+        with _about_layers_that_are_left_out_timm_is_silent():
+            model = require_timm().create_model(name, **(options | more))
     except OSError as error:
         if not more.get("pretrained"):
             raise
@@ -75,6 +79,21 @@ def create_model(name: str, options: dict, **more) -> nn.Module:
         if isinstance(getattr(module, "pretrained_cfg", None), dict):
             module.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+@contextlib.contextmanager
+def _about_layers_that_are_left_out_timm_is_silent() -> Iterator[None]:
+    """Without its warning of weights for the layers behind the last map, which all weights of a classifier have."""
+
+    def told(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Unexpected keys")
+
+    logger = logging.getLogger("timm.models._builder")
+    logger.addFilter(told)
+    try:
+        yield
+    finally:
+        logger.removeFilter(told)
 
 
 def weight_source(name: str, options: dict, pretrained: bool, weights: str) -> dict:
