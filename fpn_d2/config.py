@@ -201,6 +201,18 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     # "SGD", as Detectron2 has it, or "AdamW", which wants a BASE_LR of about 1e-4 to 1e-3 and learns faster from
     # scratch.
     new.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of the bottom-up pathway as a multiple of that of the rest: less than 1, as 0.1, where it starts
+    # from pretrained weights and the rest from nothing.
+    new.SOLVER.BOTTOM_UP_LR_FACTOR = 1.0
+    # Each block of the bottom-up pathway learns so many times as fast as the one after it (layer-wise decay), in
+    # (0, 1]; 0.7 to 0.9 are usual for pretrained transformers. 1: off.
+    new.SOLVER.BOTTOM_UP_LAYER_DECAY = 1.0
+    # For so many iterations the bottom-up pathway is not trained, norms included, as if frozen; then as the other keys
+    # say. 0: off.
+    new.SOLVER.BOTTOM_UP_FROZEN_ITERS = 0
+    # Evaluate and save a moving average of the weights, to which each iteration adds 1 - EMA_DECAY of its own: 0.99 for
+    # a thousand iterations, 0.999 for ten thousand. --resume still goes on to the bit. 0: off.
+    new.SOLVER.EMA_DECAY = 0.0
     # Number of periodic checkpoints (SOLVER.CHECKPOINT_PERIOD) to keep; older ones are deleted. 0: all are kept.
     new.SOLVER.CHECKPOINT_KEEP = 0
     # Minutes after which a checkpoint is saved in any case, as model_last.pth, one file that the next one replaces.

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -66,6 +67,8 @@ class ReportingCheckpointer(DetectionCheckpointer):
         self.saved_at = time.monotonic()
         # Whether the training has lost itself: then nothing is saved that --resume could go on from.
         self.diverged: Callable[[], bool] = lambda: False
+        # Within it, the model has the weights that are to be saved, which may be others than the training's.
+        self.weights_to_save: Callable[[], AbstractContextManager] = nullcontext
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest good checkpoint of the folder with all states, or else the weights in ``path`` alone.
@@ -168,6 +171,10 @@ class ReportingCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        with self.weights_to_save():
+            self._save(name, **kwargs)
+
+    def _save(self, name: str, **kwargs: Any) -> None:
         broken = [key for key, value in self.model.state_dict().items() if not _is_finite(value)]
         if broken or (self.diverged() and name != BEST_MODEL):
             why = f"{broken[0]} is not finite" if broken else "its last steps were not finite"

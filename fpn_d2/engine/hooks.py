@@ -52,7 +52,7 @@ class ValidationLoss(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self._cfg.TEST.VAL_LOSS_PERIOD == 0 or done == self.trainer.max_iter:
-            with signals.held_back(False):
+            with signals.held_back(False), self.trainer.averaged():
                 losses = validation_losses(self._cfg, self.trainer.model)
             if comm.is_main_process():
                 self.trainer.storage.put_scalars(

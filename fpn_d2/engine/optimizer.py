@@ -12,6 +12,8 @@ from torch import nn
 from fpn_d2.errors import UserError
 from fpn_d2.fast.apply import numerics
 
+from .bottom_up_rates import own_groups, split_groups
+
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("SGD", "AdamW")
@@ -49,7 +51,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     On a CPU and with MODEL.NUMERICS "fast", SGD takes its step in one pass, which rounds otherwise.
 
-    AdamW reads BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and CLIP_GRADIENTS.
+    AdamW reads BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and CLIP_GRADIENTS. Both
+    read SOLVER.BOTTOM_UP_*; see `bottom_up_rates`.
 
     Raises:
         UserError: SOLVER.OPTIMIZER is neither.
@@ -58,7 +61,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if name not in OPTIMIZERS:
         raise UserError(f"SOLVER.OPTIMIZER is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if name == "SGD" and not (on_cpu and numerics(cfg) == "fast"):
+    if name == "SGD" and not (on_cpu and numerics(cfg) == "fast") and not own_groups(cfg):
         return solver.build_optimizer(cfg, model)
     groups = get_default_optimizer_params(
         model,
@@ -68,13 +71,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
+    if own_groups(cfg):
+        groups = split_groups(cfg, model, groups)
     options = {"lr": cfg.SOLVER.BASE_LR}
     if name == "SGD":
         options.update(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
     optimizer = maybe_add_gradient_clipping(cfg, getattr(torch.optim, name))
     # One pass over the parameters instead of several. Not on a GPU: there a fused step undoes the loss scaling itself,
     # after gradients were clipped that were still scaled.
-    if on_cpu:
+    if on_cpu and (name != "SGD" or numerics(cfg) == "fast"):
         with contextlib.suppress(RuntimeError, TypeError):  # before torch 2.4 for GPUs only
             return optimizer(groups, **options, fused=True)
     return optimizer(groups, **options)

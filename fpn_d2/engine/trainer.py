@@ -26,7 +26,9 @@ from fpn_d2.data import TrainingMapper
 from fpn_d2.evaluation.evaluators import build_evaluator
 from fpn_d2.modeling import without_timm_weights
 
+from .averaging import WeightAveraging
 from .bad_steps import BadSteps
+from .bottom_up_rates import FrozenBottomUp
 from .determinism import deterministic
 from .device import on_this_machine
 from .hooks import BestCheckpoint, TimedCheckpoint, ValidationLoss
@@ -74,7 +76,7 @@ class Trainer(DefaultTrainer):
         # Detectron2's numbers are drawn by now; all processes agree on this one.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         data_loader = self.build_train_loader(cfg)
-        model = _distributed(model)
+        model = _distributed(model, find_unused_parameters=cfg.SOLVER.BOTTOM_UP_FROZEN_ITERS > 0)
         self._trainer = build_inner_trainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = ReportingCheckpointer(
@@ -94,6 +96,8 @@ class Trainer(DefaultTrainer):
         if isinstance(self._trainer, Watched):
             self._trainer.watch = self._bad_steps
         self.checkpointer.diverged = self._bad_steps.diverged
+        self._averaging = WeightAveraging(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        self.checkpointer.weights_to_save = self.averaged
         self._hooks_due = False  # whether what comes after a checkpoint, as an evaluation, is still to be done
         self.register_hooks(self.build_hooks())
         for loader, _ in self._loaders():
@@ -102,7 +106,10 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[hooks.HookBase]:
         """The inherited hooks, with ours before the writers so that what they measure is written."""
         cfg = self.cfg
-        inherited = super().build_hooks()
+        inherited = [
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if type(hook) is hooks.EvalHook else hook
+            for hook in super().build_hooks()
+        ]
         writers = [h for h in inherited if isinstance(h, hooks.PeriodicWriter)]
         ours = [ValidationLoss(cfg)] if cfg.TEST.VAL_LOSS_PERIOD > 0 else []
         if cfg.TEST.AUG.ENABLED:
@@ -112,7 +119,10 @@ class Trainer(DefaultTrainer):
                 ours.append(BestCheckpoint(cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD, self.checkpointer))
             if has_terminal():
                 ours.append(ProgressBar())
-        built = [h for h in inherited if h not in writers] + ours + writers
+        first = [self._averaging] if self._averaging else []
+        if cfg.SOLVER.BOTTOM_UP_FROZEN_ITERS:
+            first.append(FrozenBottomUp(self.model, cfg.SOLVER.BOTTOM_UP_FROZEN_ITERS))
+        built = first + [h for h in inherited if h not in writers] + ours + writers
         if comm.is_main_process() and cfg.SOLVER.CHECKPOINT_MINUTES > 0:
             periodic = next(k for k, h in enumerate(built) if isinstance(h, hooks.PeriodicCheckpointer))
             built.insert(periodic + 1, TimedCheckpoint(cfg.SOLVER.CHECKPOINT_MINUTES, self.checkpointer))
@@ -128,6 +138,15 @@ class Trainer(DefaultTrainer):
         if self.checkpointer.latest:
             self.start_iter = self.iter + 1
 
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """The model has its averaged weights, inside, where SOLVER.EMA_DECAY asks for them."""
+        return self._averaging.applied() if self._averaging else contextlib.nullcontext()
+
+    def _evaluate(self) -> dict:
+        with self.averaged():
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
     def train(self) -> dict:
         """Train, evaluate, and check TEST.EXPECTED_RESULTS as Detectron2 does.
 
@@ -141,6 +160,8 @@ class Trainer(DefaultTrainer):
         finally:
             for loader, _ in self._loaders():
                 loader.close()
+        if self._averaging and self.iter >= self.max_iter:
+            self._averaging.stay()
         self.results.update(getattr(self, "_last_eval_results", None) or {})
         return self.results
 
@@ -270,7 +291,8 @@ class Trainer(DefaultTrainer):
         return [(loader, batches) for loader, batches in loaders if isinstance(loader, TrainingLoader)]
 
     def _test_with_augmentation(self) -> dict:
-        results = self.test_with_TTA(self.cfg, self.model)
+        with self.averaged():
+            results = self.test_with_TTA(self.cfg, self.model)
         self.results.update(results)
         return results
 
@@ -329,8 +351,8 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
 
-def _distributed(model: nn.Module) -> nn.Module:
+def _distributed(model: nn.Module, **options) -> nn.Module:
     """Join ``model`` with its copies in the other processes, on GPUs as Detectron2 does it and on CPUs too."""
     if comm.get_world_size() > 1 and next(model.parameters()).device == torch.device("cpu"):
-        return DistributedDataParallel(model, broadcast_buffers=False)
-    return create_ddp_model(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False, **options)
+    return create_ddp_model(model, broadcast_buffers=False, **options)
