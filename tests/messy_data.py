@@ -1,89 +1,15 @@
-"""Annotated sets with one fault each, made by code, and what stock Detectron2 and this package do with them.
+"""Annotated sets with one fault each, made by code, and what the check of data finds in them.
 
-    python -m tests.messy_data           the table in Markdown, for docs/reliability.md; takes some minutes
-    python -m tests.messy_data NAME ...  of some
+`tests.messy_table` shows what stock Detectron2 and this package do with them.
 """
 
-import dataclasses
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from tests import messy_images as _images  # noqa: F401  the sets with faults of image files
+from tests.messy_sets import CASES, HEIGHT, WIDTH, Messy, messy, setting, sound_content, write_messy
 
-from tests.data.small_sets import write_image
-
-WIDTH, HEIGHT = 64, 48
-
-
-@dataclasses.dataclass(frozen=True)
-class Messy:
-    """One set with one fault.
-
-    ``spoil(content, folder)`` changes the content of the json, or the files below ``folder``; bytes that it returns
-    are the json. ``kinds`` are those of the defects that have to be found, and no others that stop, leave out or mend.
-    """
-
-    name: str
-    spoil: Callable[[dict, Path], bytes | None]
-    kinds: tuple[str, ...]
-    stops: bool = False  # whether nothing can be trained on whatever DATASETS.ON_BAD_DATA says
-    masks: bool = False
-
-
-CASES: dict[str, Messy] = {}
-
-
-def messy(name: str, *kinds: str, **options: bool) -> Callable:
-    def add(spoil: Callable) -> Callable:
-        CASES[name] = Messy(name, spoil, kinds, **options)
-        return spoil
-
-    return add
-
-
-def sound_content() -> dict:
-    """Four images, two classes, two objects on each image."""
-    images = [{"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in (1, 2, 3, 4)]
-    annotations = []
-    for image in images:
-        for k in (0, 1):
-            box = [4 + 20 * k, 5 + 3 * image["id"], 14 + k, 12]
-            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": k + 1, "bbox": box})
-            annotations[-1] |= {"area": box[2] * box[3], "iscrowd": 0}
-    categories = [{"id": 1, "name": "ant"}, {"id": 2, "name": "bee"}]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-
-def write_messy(case: Messy, folder: Path) -> tuple[str, str]:
-    """Write the set of ``case``; its json and its folder of images."""
-    content = sound_content()
-    for image in content["images"]:
-        write_image(folder / "images" / image["file_name"], WIDTH, HEIGHT)
-    if case.masks:
-        for annotation in content["annotations"]:
-            x, y, w, h = annotation["bbox"]
-            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    raw = case.spoil(content, folder)
-    (folder / "set.json").write_bytes(json.dumps(content).encode() if raw is None else raw)
-    return str(folder / "set.json"), str(folder / "images")
-
-
-def setting(*path: object, to: object) -> Callable:
-    """Sets one entry of the content; ``...`` takes it away."""
-
-    def spoil(content: dict, folder: Path) -> None:
-        node = content
-        for key in path[:-1]:
-            node = node[key]
-        if to is ...:
-            del node[path[-1]]
-        else:
-            node[path[-1]] = to
-
-    return spoil
+__all__ = ["CASES", "Messy", "sound_content", "write_messy"]
 
 
 def _simple() -> None:
@@ -102,6 +28,9 @@ def _simple() -> None:
         ("no box", "box_missing", ...),
         ("box with integers of 2^63", "box_beyond_reason", [4, 5, 2**63, 2**63]),
         ("box with 1e300", "box_beyond_reason", [4, 5, 1e300, 9]),
+        ("box of null", "box_wrong_type", [None, None, None, None]),
+        ("box of true and false", "box_wrong_type", [True, True, True, True]),
+        ("box in a list of boxes", "box_wrong_type", [[4, 5, 9, 9]]),
     ):
         messy(name, kind)(setting(*annotation, "bbox", to=value))
     messy("box with integers of 2^63, masks on", "box_beyond_reason", masks=True)(
@@ -116,12 +45,20 @@ def _simple() -> None:
     messy("run lengths of another size, masks on", "mask_broken", "mask_missing", masks=True)(
         setting(*annotation, "segmentation", to={"size": [9, 9], "counts": [40, 41]})
     )
+    messy("run lengths, masks on", "masks_are_run_lengths", masks=True, stops=True)(
+        setting(*annotation, "segmentation", to={"size": [HEIGHT, WIDTH], "counts": [100, 40, HEIGHT * WIDTH - 140]})
+    )
+    messy("crowd of run lengths that mean nothing, masks on", "mask_broken", masks=True)(_crowd_of_nonsense)
+    messy("no masks though they are on", "masks_missing", "mask_missing", masks=True, stops=True)(_without_masks)
+    messy("keypoints that are not triples", "keypoints_wrong")(setting(*annotation, "keypoints", to=[1, 2]))
     messy("box partly outside", "box_partly_outside")(setting(*annotation, "bbox", to=[-5, -5, 20, 20]))
     messy("box that looks like x1 y1 x2 y2", "box_like_corners")(setting(*annotation, "bbox", to=[30, 30, 50, 45]))
     messy("negative area", "area_wrong")(setting(*annotation, "area", to=-5))
     messy("zero area", "area_wrong")(setting(*annotation, "area", to=0))
     messy("area as text", "area_wrong")(setting(*annotation, "area", to="168"))
     messy("iscrowd 2", "iscrowd_wrong")(setting(*annotation, "iscrowd", to=2))
+    messy("infinite area", "area_wrong")(setting(*annotation, "area", to=float("inf")))
+    messy("iscrowd true", "iscrowd_missing")(setting(*annotation, "iscrowd", to=True))
     messy("crowd", "crowd")(setting(*annotation, "iscrowd", to=1))
     messy("unknown category", "category_unknown")(setting(*annotation, "category_id", to=9))
     messy("no category", "category_missing")(setting(*annotation, "category_id", to=...))
@@ -133,6 +70,7 @@ def _simple() -> None:
     messy("annotation id of text", "annotations_numbered")(setting(*annotation, "id", to="a"))
     messy("annotation id beyond 64 bits", "annotation_id_wrong")(setting(*annotation, "id", to=2**70))
     messy("annotation id zero", "annotations_numbered")(setting(*annotation, "id", to=0))
+    messy("ids with a decimal point", "ids_with_point")(_ids_with_point)
     messy("annotation that is a number", "entry_not_object")(setting(*annotation, to=5))
     messy("image that is a list", "entry_not_object", "image_unknown")(setting("images", 3, to=[4]))
     messy("image id true", "image_id_wrong", "image_unknown")(setting("images", 3, "id", to=True))
@@ -148,6 +86,12 @@ def _simple() -> None:
     messy("recorded size of another image", "size_differs")(_wrong_size)
     messy("no recorded size", "size_missing")(setting("images", 0, "width", to=...))
     messy("recorded size as text", "size_missing")(setting("images", 0, "width", to="64"))
+    messy("image that is there twice", "image_id_twice")(
+        lambda content, _: content["images"].append(content["images"][0])
+    )
+    messy("category that is there twice", "category_id_twice")(
+        lambda content, _: content["categories"].append(content["categories"][0])
+    )
     messy("category without name", "category_name_missing")(setting("categories", 0, "name", to=...))
     messy("category name with escape sequences", "category_name_unprintable")(
         setting("categories", 0, "name", to="\x1b[2J\x1b]0;title\x07ant")
@@ -155,12 +99,18 @@ def _simple() -> None:
     messy("category name of 20,000 characters", "category_name_unprintable")(
         setting("categories", 0, "name", to="a" * 20_000)
     )
+    messy("category name with half of a character", "category_name_unprintable")(
+        setting("categories", 0, "name", to="ant\ud800")
+    )
+    messy("category name that is a number", "category_name_missing")(setting("categories", 0, "name", to=5))
     messy("category id as text", "category_id_wrong", "category_unknown")(setting("categories", 0, "id", to="1"))
     messy("two names for a category id", "category_id_two_names", stops=True)(setting("categories", 1, "id", to=1))
     messy("two categories of one name", "category_name_twice")(setting("categories", 1, "name", to="ant"))
     messy("no categories", "not_coco", stops=True)(setting("categories", to=...))
     messy("no annotations at all", "not_coco", stops=True)(setting("annotations", to=...))
     messy("empty list of annotations", "nothing_left", stops=True)(setting("annotations", to=[]))
+    messy("annotations that are null", "not_coco", stops=True)(setting("annotations", to=None))
+    messy("empty list of images", "not_coco", stops=True)(setting("images", to=[]))
     messy("annotations that are an object", "not_coco", stops=True)(setting("annotations", to={}))
 
 
@@ -171,6 +121,23 @@ def _big_image_id(content: dict, folder: Path) -> None:
 
 def _wrong_size(content: dict, folder: Path) -> None:
     content["images"][0] |= {"width": 20, "height": 15}
+
+
+def _crowd_of_nonsense(content: dict, folder: Path) -> None:
+    content["annotations"][0] |= {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": [9, 1 << 40]}}
+
+
+def _without_masks(content: dict, folder: Path) -> None:
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
+def _ids_with_point(content: dict, folder: Path) -> None:
+    """As tables leave them that had an empty cell."""
+    for record in (*content["images"], *content["annotations"], *content["categories"]):
+        for key in ("id", "image_id", "category_id"):
+            if key in record:
+                record[key] = float(record[key])
 
 
 _simple()
@@ -188,6 +155,13 @@ def _(content: dict, folder: Path) -> None:
     for record in (*content["images"], *content["annotations"]):
         key = "image_id" if "image_id" in record else "id"
         record[key] = f"{record[key]:04d}"
+
+
+@messy("category ids of text everywhere", "category_ids_text")
+def _(content: dict, folder: Path) -> None:
+    for record in (*content["categories"], *content["annotations"]):
+        key = "category_id" if "category_id" in record else "id"
+        record[key] = str(record[key])
 
 
 @messy("sparse category ids", "category_ids_sparse")
@@ -233,137 +207,23 @@ def _(content: dict, folder: Path) -> bytes:
     return json.dumps(content).replace('"area": 168', '"area": ' + "9" * 5000, 1).encode()
 
 
-def of_file(name: str, *kinds: str) -> Callable:
-    """A fault of the last image's file, which ``spoil(path)`` makes."""
-
-    def add(spoil: Callable[[Path], None]) -> Callable:
-        def spoil_file(content: dict, folder: Path) -> None:
-            path = folder / "images" / "4.png"
-            path.unlink()
-            spoil(path)
-            if path.is_file() and not os.path.islink(path):
-                try:
-                    with Image.open(path) as image:
-                        content["images"][3]["width"], content["images"][3]["height"] = image.size
-                except Exception:  # no image: it keeps the size of the one that was there
-                    pass
-
-        messy(name, *kinds)(spoil_file)
-        return spoil
-
-    return add
+@messy("json with text behind it", "json_invalid", stops=True)
+def _(content: dict, folder: Path) -> bytes:
+    return json.dumps(content).encode() + b"\n// end"
 
 
-def noise(*shape: int, high: int = 256, kind: type = np.uint8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, high, shape).astype(kind)
+@messy("json in Latin-1", "json_invalid", stops=True)
+def _(content: dict, folder: Path) -> bytes:
+    content["categories"][0]["name"] = "frelon g\u00e9ant"
+    return json.dumps(content, ensure_ascii=False).encode("latin-1")
 
 
-@of_file("empty image file", "file_empty", "image_left_out")
-def _(path: Path) -> None:
-    path.touch()
+@messy("two lists of annotations", "json_invalid", stops=True)
+def _(content: dict, folder: Path) -> bytes:
+    return json.dumps(content).encode()[:-1] + b', "annotations": []}'
 
 
-@of_file("image file cut short", "file_truncated", "image_left_out")
-def _(path: Path) -> None:
-    write_image(path, WIDTH, HEIGHT)
-    path.write_bytes(path.read_bytes()[:-2000])
-
-
-@of_file("text as an image file", "not_an_image", "image_left_out")
-def _(path: Path) -> None:
-    path.write_text("<html>404 Not Found</html>")
-
-
-@of_file("FIFO as an image file", "file_not_regular", "image_left_out")
-def _(path: Path) -> None:
-    os.mkfifo(path)
-
-
-@of_file("folder as an image file", "file_not_regular", "image_left_out")
-def _(path: Path) -> None:
-    path.mkdir()
-
-
-@of_file("links in a circle as an image file", "file_unreadable", "image_left_out")
-def _(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
-@of_file("PNG of 210 megapixels", "image_too_large", "image_left_out")
-def _(path: Path) -> None:
-    Image.new("1", (15_000, 14_000)).save(path)
-
-
-@of_file("16-bit PNG", "pixels_16_bit")
-def _(path: Path) -> None:
-    Image.fromarray(noise(HEIGHT, WIDTH, high=65536, kind=np.uint16)).save(path)
-
-
-@of_file("floating-point TIFF in 0..1", "pixels_float")
-def _(path: Path) -> None:
-    Image.fromarray(noise(HEIGHT, WIDTH).astype(np.float32) / 255).save(path, "TIFF")
-
-
-@of_file("floating-point TIFF in -1000..1000", "pixels_refused", "image_left_out")
-def _(path: Path) -> None:
-    Image.fromarray((noise(HEIGHT, WIDTH).astype(np.float32) - 128) * 8).save(path, "TIFF")
-
-
-@of_file("32-bit TIFF of whole numbers", "pixels_refused", "image_left_out")
-def _(path: Path) -> None:
-    Image.fromarray(noise(HEIGHT, WIDTH, high=1 << 30, kind=np.int32)).save(path, "TIFF")
-
-
-@of_file("CMYK JPEG", "pixels_cmyk")
-def _(path: Path) -> None:
-    Image.fromarray(noise(HEIGHT, WIDTH, 4), "CMYK").save(path, "JPEG")
-
-
-@of_file("palette PNG", "pixels_palette")
-def _(path: Path) -> None:
-    Image.fromarray(noise(HEIGHT, WIDTH, 3)).convert("P").save(path)
-
-
-@of_file("PNG with alpha", "pixels_alpha")
-def _(path: Path) -> None:
-    Image.fromarray(noise(HEIGHT, WIDTH, 4)).save(path)
-
-
-@of_file("image of 1 x 1", "image_tiny", "box_outside")
-def _(path: Path) -> None:
-    Image.fromarray(noise(1, 1, 3)).save(path)
-
-
-@of_file("image of 4000 x 10", "image_flat", "box_outside")
-def _(path: Path) -> None:
-    Image.fromarray(noise(10, 4000, 3)).save(path)
-
-
-@messy("EXIF turns an image, size recorded upright", "exif_turned")
+@messy("100,000 annotations on one image", "many_objects")
 def _(content: dict, folder: Path) -> None:
-    _turned(content, folder)
-    content["images"][3] |= {"width": HEIGHT, "height": WIDTH}
-
-
-@messy("EXIF turns an image, size recorded as stored", "exif_ambiguous", "image_left_out")
-def _(content: dict, folder: Path) -> None:
-    _turned(content, folder)
-
-
-def _turned(content: dict, folder: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noise(HEIGHT, WIDTH, 3)).save(folder / "images" / "4.jpg", exif=exif)
-    content["images"][3]["file_name"] = "4.jpg"
-
-
-@messy("absolute path to an image elsewhere", "file_outside_folder", "image_left_out")
-def _(content: dict, folder: Path) -> None:
-    (folder / "images" / "4.png").rename(folder / "4.png")
-    content["images"][3]["file_name"] = str(folder / "4.png")
-
-
-@messy("path with .. to an image elsewhere", "file_outside_folder", "image_left_out")
-def _(content: dict, folder: Path) -> None:
-    (folder / "images" / "4.png").rename(folder / "4.png")
-    content["images"][3]["file_name"] = "../4.png"
+    first = content["annotations"][0]
+    content["annotations"] += [{**first, "id": 100 + i} for i in range(100_000)]

@@ -10,6 +10,7 @@ from typing import Any
 from fpn_d2.errors import shown_value
 
 from .defects import KINDS, SKIP
+from .run_lengths import fill_exactly
 
 NUMBERS = (int, float)  # what a number in json becomes; bool, a subclass of int, is none
 LARGEST_ID = (1 << 63) - 1
@@ -45,6 +46,11 @@ class ImageEntry:
     recorded: tuple[int, int] | None = None
 
 
+def whole(value: Any) -> Any:
+    """An id without the decimal point that a table with an empty cell has left in it, as in 7.0; others as they are."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < 1 << 53 else value
+
+
 class AnnotationCheck:
     """Goes over annotations in their order.
 
@@ -62,6 +68,7 @@ class AnnotationCheck:
         options: CheckOptions,
         note: Callable[..., None],
         renumber: bool = False,
+        category_numbers: dict[str, int] | None = None,
     ):
         """
         Args:
@@ -70,14 +77,17 @@ class AnnotationCheck:
             options: What to look for.
             note: Takes findings, as `Report.add`.
             renumber: Whether annotations get ids from 1 on.
+            category_numbers: What stands for category ids that are text.
         """
         self._images = images
         self._categories = categories
         self._options = options
         self._note = note
         self._renumber = renumber
+        self._category_numbers = category_numbers or {}
         self._seen: set = set()
         self._number = 0
+        self._point_told = False
         self.number_them = False
         self.kept: Counter = Counter()
         self.boxes: Counter = Counter()
@@ -91,9 +101,16 @@ class AnnotationCheck:
 
     def changes(self, index: int, record: dict) -> dict | None:
         """What to change in an annotation; None: it is of no use."""
-        own, of = record.get("id"), record.get("image_id")
-        shown_id = own if own is not None else f"entry {index}"
+        own, of, category = record.get("id"), record.get("image_id"), record.get("category_id")
         changes: dict = {}
+        if float in (type(own), type(of), type(category)):
+            ids = {"id": own, "image_id": of, "category_id": category}
+            changes = {key: whole(value) for key, value in ids.items() if type(value) is float}
+            own, of, category = ({**ids, **changes}).values()
+            if not self._point_told:
+                self._point_told = True
+                self._note("ids_with_point", f"in the annotations, as {shown_value(ids)}")
+        shown_id = own if own is not None else f"entry {index}"
         if type(own) is int or type(own) is str:
             if own in self._seen:
                 self._note("annotation_id_twice", f"entry {index} of the annotations", of, shown_id)
@@ -108,7 +125,8 @@ class AnnotationCheck:
             kind = "image_unknown" if image is None else "image_left_out"
             self._note(kind, f"image_id is {shown_value(of)}", of, shown_id)
             return None
-        category = record.get("category_id")
+        if type(category) is str and category in self._category_numbers:
+            category = changes["category_id"] = self._category_numbers[category]
         if type(category) is not int or category not in self._categories:
             kind = "category_missing" if category is None else "category_unknown"
             self._note(kind, f"category_id is {shown_value(category)}", of, shown_id)
@@ -222,7 +240,7 @@ class AnnotationCheck:
 
     def _fill_keypoints(self, record: dict, changes: dict, of: Any, own: Any) -> None:
         points = record.get("keypoints")
-        names = self._categories[record["category_id"]]["keypoints"]
+        names = self._categories[changes.get("category_id", record["category_id"])]["keypoints"]
         expected = 3 * len(names) if isinstance(names, list) and names else None
         if points and not (
             isinstance(points, list)
@@ -260,6 +278,10 @@ def _is_polygon(polygon: Any) -> bool:
 def _is_mask(segmentation: Any, image: ImageEntry) -> bool:
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
-        fits = size == [image.height, image.width] if image.width else isinstance(size, list) and len(size) == 2
-        return fits and isinstance(segmentation.get("counts"), (str, list))
+        fits = size == [image.height, image.width] if image.width else _is_size(size)
+        return fits and fill_exactly(segmentation.get("counts"), size[0] * size[1])
     return isinstance(segmentation, list) and all(map(_is_polygon, segmentation))
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < FARTHEST for side in size)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fpn_d2.errors import shown, shown_value
 
-from .coco_annotations import DROP, FARTHEST, LARGEST_ID, AnnotationCheck, CheckOptions, ImageEntry
+from .coco_annotations import DROP, FARTHEST, LARGEST_ID, AnnotationCheck, CheckOptions, ImageEntry, whole
 from .defects import FILL, MEND, SKIP, Report
 from .image_files import look_at_all, name_problem
 from .json_stream import JsonError, has_byte_order_mark, read_records, records_of
@@ -63,6 +63,8 @@ class CocoCheck:
         self._dropped: dict[str, set[int]] = {"images": set(), "categories": set()}
         self._categories: dict[int, dict] = {}
         self._renumber = False
+        self._pointed: set[str] = set()  # lists in which an id has a decimal point
+        self._category_numbers: dict[str, int] = {}  # what stands for category ids that are text
 
     # ---- The whole ------------------------------------------------------------------------------------------
 
@@ -81,7 +83,12 @@ class CocoCheck:
     def repaired(self) -> Iterator[tuple[str, int | None, Any]]:
         """The set as it is to be used: as `read_records`, with what is of no use left out and the rest mended."""
         annotations = AnnotationCheck(
-            self._images, self._categories, self._options, lambda *_: None, renumber=self._renumber
+            self._images,
+            self._categories,
+            self._options,
+            lambda *_: None,
+            renumber=self._renumber,
+            category_numbers=self._category_numbers,
         )
         changes_of = {
             "images": self._changes_of_image,
@@ -136,6 +143,7 @@ class CocoCheck:
             self._note("info_missing", "COCO's tools ask for an object under 'info'")
         if len({type(value) for value in self._images}) > 1:
             self.stop("image_ids_mixed", "the image ids are a mixture of numbers and text")
+        self._number_categories()
         self._check_category_names()
         if not self.stopped and not any(image.usable for image in self._images.values()):
             self.stop("nothing_left", "no image is left")
@@ -158,7 +166,7 @@ class CocoCheck:
 
     def _image(self, index: int, record: dict) -> bool:
         """Take in one image; whether it is kept."""
-        own, name = record.get("id"), record.get("file_name")
+        own, name = self._whole(record, "images"), record.get("file_name")
         if type(own) not in (int, str) or own == "":
             self._note("image_id_wrong", f"entry {index} of the images: not a number or text: {shown_value(own)}")
             return False
@@ -187,9 +195,18 @@ class CocoCheck:
             self._note("size_missing", f"{shown(name)}: width {shown_value(width)}, height {shown_value(height)}", own)
         return True
 
+    def _whole(self, record: dict, key: str) -> Any:
+        given = record.get("id")
+        own = whole(given)
+        if own is not given and key not in self._pointed:
+            self._pointed.add(key)
+            self._note("ids_with_point", f"in the {key}, as {shown_value(given)}")
+        return own
+
     def _category(self, index: int, record: dict) -> bool:
-        own, name = record.get("id"), record.get("name")
-        if type(own) is not int or abs(own) > LARGEST_ID:
+        own, name = self._whole(record, "categories"), record.get("name")
+        kinds = (type(next(iter(self._categories))),) if self._categories else (int, str)
+        if type(own) not in kinds or own == "" or (type(own) is int and abs(own) > LARGEST_ID):
             self._note("category_id_wrong", f"entry {index} of the categories: not a number: {shown_value(own)}")
             return False
         if own in self._categories:
@@ -201,6 +218,19 @@ class CocoCheck:
             return False
         self._categories[own] = {"name": name, "keypoints": record.get("keypoints")}
         return True
+
+    def _number_categories(self) -> None:
+        """Give numbers to categories whose ids are text: those that the texts are, or else their places."""
+        if not self._categories or type(next(iter(self._categories))) is int:
+            return
+        texts = list(self._categories)
+        numbers = [int(text) if text.isascii() and text.isdecimal() and len(text) < 18 else 0 for text in texts]
+        if len(set(numbers)) < len(texts) or 0 in numbers:
+            numbers = range(1, len(texts) + 1)
+        self._category_numbers = dict(zip(texts, numbers, strict=True))
+        self._categories = {self._category_numbers[text]: self._categories[text] for text in texts}
+        first = f"{shown_value(texts[0])} becomes {numbers[0]}"
+        self._note("category_ids_text", f"the evaluation and Detectron2 go by numbers: {first}")
 
     def _check_category_names(self) -> None:
         for own, category in self._categories.items():
@@ -220,7 +250,8 @@ class CocoCheck:
             self._note("category_ids_sparse", f"{len(ids)} ids from {ids[0]} to {ids[-1]}; classes go by their order")
 
     def _changes_of_category(self, index: int, record: dict) -> dict:
-        return self._categories[record["id"]].get("changes", {})
+        own = whole(self._category_numbers.get(record["id"], record["id"]))
+        return {**self._categories[own].get("changes", {}), "id": own}
 
     # ---- Image files ----------------------------------------------------------------------------------------
 
@@ -274,14 +305,17 @@ class CocoCheck:
         image = self._images[record["id"]]
         if not image.usable:
             return None
+        own = {"id": whole(record["id"])} if type(record["id"]) is float else {}
         if (record.get("width"), record.get("height")) == (image.width, image.height) or not image.width:
-            return {}
-        return {"width": image.width, "height": image.height}
+            return own
+        return {**own, "width": image.width, "height": image.height}
 
     # ---- Annotations ----------------------------------------------------------------------------------------
 
     def _look_at_annotations(self) -> None:
-        found = AnnotationCheck(self._images, self._categories, self._options, self._note)
+        found = AnnotationCheck(
+            self._images, self._categories, self._options, self._note, category_numbers=self._category_numbers
+        )
         for key, index, record in self._records():
             if key == "annotations" and index is not None and isinstance(record, dict):
                 self.changed |= bool(found.changes(index, record))

@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "not_coco": (STOP, "another structure than COCO's"),
     "byte_order_mark": (FILL, "a byte order mark"),
     "info_missing": (FILL, "no 'info'"),
+    "ids_with_point": (FILL, "ids with a decimal point, as 7.0"),
     "entry_not_object": (SKIP, "an entry that is no object"),
     # images
     "image_id_wrong": (SKIP, "an image id that is neither a whole number nor text"),
@@ -69,6 +70,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "category_name_missing": (MEND, "a category without a name"),
     "category_name_unprintable": (MEND, "a category name that cannot be printed"),
     "category_name_twice": (TELL, "a category name that stands for several ids"),
+    "category_ids_text": (FILL, "category ids that are text"),
     "category_ids_sparse": (TELL, "category ids with gaps"),
     # annotations
     "no_annotations": (TELL, "no annotations"),

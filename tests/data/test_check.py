@@ -46,7 +46,11 @@ def test_corners_are_converted(tmp_path, capsys):
     assert sizes == [a["bbox"][2:] for a in sound_content()["annotations"]]
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.stops and "x1 y1" not in name])
+# Boxes as x1 y1 x2 y2 are mended, and masks are not asked for.
+STOPPED = [name for name, case in CASES.items() if case.stops and not case.masks and "x1 y1" not in name]
+
+
+@pytest.mark.parametrize("name", STOPPED)
 def test_what_cannot_be_repaired_is_said_in_one_line(tmp_path, capsys, name):
     files = write_messy(CASES[name], tmp_path)
     assert cli.main(["data", "check", files[0], "--images", files[1], "--fix", str(tmp_path / "fixed.json")]) == 2

@@ -58,7 +58,8 @@ def test_messy_sets(tmp_path, name):
     """Each fault is found, by itself; what is left passes the check and has what COCO's tools need."""
     case = CASES[name]
     json_file, folder = write_messy(case, tmp_path)
-    found = check_coco(tmp_path / "set.json", tmp_path / "images", CheckOptions(masks=case.masks))
+    options = CheckOptions(masks=case.masks, polygons_only=case.masks)
+    found = check_coco(tmp_path / "set.json", tmp_path / "images", options)
     assert set(case.kinds) <= set(found.report.counts)
     assert bad_kinds(found) <= set(case.kinds)
     assert found.stopped == bool(found.report.kinds(STOP)) == case.stops
@@ -363,3 +364,43 @@ def test_any_value_anywhere_is_mended_or_refused_in_words(images, record, index,
         assert all(len(polygon) >= 6 for polygon in annotation.get("segmentation") or [])
     again = check(fixed, images, masks=masks)
     assert not bad_kinds(again) and not again.changed
+
+
+def test_ids_with_a_decimal_point_become_whole_numbers(images):
+    content = coco_content()
+    for key in ("images", "annotations", "categories"):
+        for record in content[key]:
+            record.update({name: float(record[name]) for name in ("id", "image_id", "category_id") if name in record})
+    found = check(content, images)
+    assert not bad_kinds(found) and found.report.counts["ids_with_point"] == 3  # once for each list
+    fixed = repaired(found)
+    assert fixed == coco_content()
+    ids = [record[name] for key in ("images", "annotations", "categories") for record in fixed[key] for name in record
+           if name in ("id", "image_id", "category_id")]  # fmt: skip
+    assert {type(own) for own in ids} == {int}
+    content["annotations"][0]["image_id"] = 7.5
+    assert check(content, images).report.counts["image_unknown"] == 1
+
+
+@pytest.mark.parametrize(("texts", "numbers"), [(("3", "12"), [3, 12]), (("ant", "12"), [1, 2]), (("0", "00"), [1, 2])])
+def test_category_ids_of_text_get_numbers(images, texts, numbers):
+    content = coco_content()
+    names = dict(zip([category["id"] for category in content["categories"]], texts, strict=True))
+    expected = [numbers[texts.index(names[a["category_id"]])] for a in content["annotations"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = names[annotation["category_id"]]
+    for category in content["categories"]:
+        category["id"] = names[category["id"]]
+    found = check(content, images)
+    assert not bad_kinds(found) and found.report.counts["category_ids_text"] == 1
+    fixed = repaired(found)
+    assert [category["id"] for category in fixed["categories"]] == numbers
+    assert [annotation["category_id"] for annotation in fixed["annotations"]] == expected
+    assert [category["id"] for category in found.categories()] == numbers
+
+
+@pytest.mark.parametrize("counts", [[9, 1 << 40], "zz", [1, 2]])
+def test_run_lengths_that_do_not_fill_their_image_are_broken(images, counts):
+    content = coco_content()
+    content["annotations"][0]["segmentation"] = {"size": [30, 40], "counts": counts}
+    assert check(content, images).report.counts["mask_broken"] == 1
