@@ -2,6 +2,8 @@
 
     folder/
         scenes/seed_S/                 the scenes of seed S, the same for all variants
+        maps/                          what a frozen bottom-up pathway makes of them, where it is frozen
+        tuning/VARIANT/RATE/           one training run with that learning rate, on scenes of a seed that is no other's
         runs/VARIANT/seed_S/           one training run: result.json, console.txt, Detectron2's own files
         times/VARIANT.json             training time as a ratio to that of the reference variant
         results.json, table.md, study.png
@@ -24,28 +26,22 @@ from tqdm import tqdm
 
 from fpn_d2.config import add_fpn_d2_config
 from fpn_d2.config_files import merge_config_file
-from fpn_d2.config_names import own_folder
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.errors import UserError
 from fpn_d2.files import writable_folder
 
 from ..measure.child import child_environment
-from .report import COMPARED_WITH, write_report
+from .report import write_report
+from .settings import Setting
 
-CONFIGS = own_folder() / "study"
-# Those of the paper first, in the order of its tables; others follow by name.
-ORDER = ("fpn", "no_top_down", "no_lateral", "only_p2", "c4", "c5", "image_pyramid")
-# What training time is compared with.
-REFERENCE = "c4"
-# P2 to P4 get objects of one octave each and P5 half an octave, the edges being those of configs/study/fpn.yaml.
-SCENES = {"image_size": 128, "min_size": 8.0, "max_size": 90.0, "max_objects": 8, "own_colour": 1.0}
-SIZE_EDGES = (16, 32, 64)
+# Scenes that learning rates are chosen on.
+TUNING_SEED = 0
 # Keys that say where things are, not what is done.
 _PLACES = ("OUTPUT_DIR", "DATASETS.COCO_FORMAT")
 
 
-def variants_in(configs: str | os.PathLike) -> dict[str, Path]:
-    """The variants of a study: the YAML files of a folder by their names.
+def variants_in(configs: str | os.PathLike, order: Sequence[str] = ()) -> dict[str, Path]:
+    """The variants of a study: the YAML files of a folder by their names, those in ``order`` first.
 
     Raises:
         UserError: the folder does not exist or holds none.
@@ -53,36 +49,35 @@ def variants_in(configs: str | os.PathLike) -> dict[str, Path]:
     found = {path.stem: path for path in sorted(Path(configs).glob("*.yaml"))}
     if not found:
         raise UserError(f"no YAML files in {configs}; give a folder with some, with --configs")
-    names = [name for name in ORDER if name in found]
+    names = [name for name in order if name in found]
     return {name: found[name] for name in [*names, *(name for name in found if name not in names)]}
 
 
 def run_study(
     folder: str | os.PathLike,
     *,
+    setting: Setting,
     seeds: Sequence[int] = (1, 2, 3),
     variants: Sequence[str] | None = None,
-    configs: str | os.PathLike = CONFIGS,
     iterations: int | None = None,
-    train_scenes: int = 1000,
-    val_scenes: int = 200,
+    tuning_iterations: int | None = None,
     time_pairs: int = 20,
     jobs: int = 1,
     opts: Sequence[str] = (),
 ) -> Path:
     """Train every variant with every seed, compare their training times, write table and figure.
 
-    Seeds go on the outside: while a study is under way, all variants have been trained about equally often. A run
-    that fails does not stop the others.
+    Where the setting names several learning rates, each variant is trained with each of them first, on scenes of a seed
+    of their own, and gets the one with the highest AP. Seeds go on the outside: while a study is under way, all
+    variants have been trained about equally often. A run that fails does not stop the others.
 
     Args:
         folder: where everything goes; made if needed. See the top of this module.
+        setting: scenes, recipe, what is measured.
         seeds: each draws its own scenes, initial weights and order of training.
-        variants: names of YAML files in ``configs``; all if None.
-        configs: folder of the variants.
+        variants: names of YAML files in ``setting.configs``; all if None.
         iterations: of each training; SOLVER.MAX_ITER of the configs if None.
-        train_scenes: number of scenes to train on.
-        val_scenes: number of scenes to evaluate on.
+        tuning_iterations: of each training that a learning rate is tried in; half of the others if None.
         time_pairs: pairs of training steps, variant and reference in turn, whose times are compared; 0: none.
         jobs: training runs at the same time. Times are always compared one at a time.
         opts: further keys and values for all variants, ``[KEY, value, ...]``.
@@ -95,68 +90,116 @@ def run_study(
             failed; the others have finished and are in the table.
     """
     folder = Path(folder).expanduser()
-    available = variants_in(configs)
+    available = variants_in(setting.configs, setting.order)
     names = list(variants or available)
     unknown = [name for name in names if name not in available]
     if unknown:
-        raise UserError(f"no variant {', '.join(unknown)} in {configs}; there are {', '.join(available)}")
+        raise UserError(f"no variant {', '.join(unknown)} in {setting.configs}; there are {', '.join(available)}")
     if not seeds or len(set(seeds)) < len(seeds) or len(set(names)) < len(names):
         raise UserError(f"seeds are {list(seeds)} and variants {names}; expected at least one, each once")
-    for what, value, low in (("iterations", iterations, 1), ("jobs", jobs, 1), ("time_pairs", time_pairs, 0)):
+    if setting.rates and TUNING_SEED in seeds:
+        raise UserError(f"seed {TUNING_SEED} is that of the scenes that learning rates are chosen on; take another")
+    numbers = (("iterations", iterations, 1), ("jobs", jobs, 1), ("time_pairs", time_pairs, 0))
+    for what, value, low in (*numbers, ("tuning_iterations", tuning_iterations, 1)):
         if value is not None and value < low:
             raise UserError(f"{what} is {value}; expected at least {low}")
     opts = [*map(str, opts), *(["SOLVER.MAX_ITER", str(iterations)] if iterations else [])]
-    scenes = SCENES | {"train": train_scenes, "val": val_scenes}
-    settings = {
-        name: changed_keys(path, opts) | {"SCENES": scenes}
-        for name, path in available.items()
-        if name in (*names, REFERENCE, COMPARED_WITH)
-    }
-    for keys in settings.values():
-        keys |= _circumstances(keys)
+    study = _Study(folder, setting, available, opts)
 
     writable_folder(folder)
-    tasks = []
-    for seed in seeds:
-        made = make_scenes(folder / "scenes" / f"seed_{seed}", seed=seed, progress=sys.stderr.isatty(), **scenes)
-        for name in names:
-            run = folder / "runs" / name / f"seed_{seed}"
-            task = {
-                "kind": "train",
-                "config": str(available[name]),
-                "opts": [*opts, *_places(made, run, seed)],
-                "annotations": str(made / "annotations" / "instances_val.json"),
-                "edges": SIZE_EDGES,
-                "settings": settings[name],
-                "result": str(run / "result.json"),
-                "console": str(run / "console.txt"),
-            }
-            tasks.append(task)
-    failed = _do(tasks, jobs, "Training")
-    if time_pairs and REFERENCE in available:
-        made = folder / "scenes" / f"seed_{seeds[0]}"
-        times = folder / "times"
-        tasks = [
-            {
-                "kind": "time",
-                "config": str(available[name]),
-                "opts": [*opts, *_places(made, times / name, seeds[0])],
-                "reference_config": str(available[REFERENCE]),
-                "reference_opts": [*opts, *_places(made, times / f"{name}_{REFERENCE}", seeds[0])],
-                "pairs": time_pairs,
-                "settings": {"variant": settings[name], "reference": settings[REFERENCE], "pairs": time_pairs},
-                "result": str(times / f"{name}.json"),
-                "console": str(times / f"{name}.txt"),
-            }
-            for name in names
-        ]
-        failed += _do(tasks, 1, "Comparing times")
-    table = write_report(folder, names, seeds, REFERENCE, settings)
+    failed, chosen = [], {name: [] for name in names}
+    if setting.rates:
+        failed += _do(study.tuning_runs(names, tuning_iterations), jobs, "Choosing learning rates")
+        chosen = {name: study.best_rate(name) for name in names}
+    settings = {name: study.settings(name, chosen.get(name, [])) for name in available}
+    runs = [study.run(name, seed, chosen[name]) for seed in seeds for name in names if chosen[name] is not None]
+    failed += _do(runs, jobs, "Training")
+    if time_pairs and setting.reference in available:
+        failed += _do([study.times(name, seeds[0], time_pairs) for name in names], 1, "Comparing times")
+    table = write_report(folder, names, seeds, setting.reference, settings)
     if failed:
-        raise UserError(
-            f"{len(failed)} of the runs failed, see {', '.join(failed)}; start again to repeat them"
-        )
+        raise UserError(f"{len(failed)} of the runs failed, see {', '.join(failed)}; start again to repeat them")
     return table
+
+
+class _Study:
+    """What each process is asked to do: the tasks of :mod:`.worker`."""
+
+    def __init__(self, folder: Path, setting: Setting, available: dict[str, Path], opts: Sequence[str]):
+        self.folder = folder
+        self.setting = setting
+        self.available = available
+        self.opts = list(opts)
+
+    def settings(self, name: str, rate: Sequence[str] | None) -> dict[str, object]:
+        """All that the result of a run depends on."""
+        keys = changed_keys(self.available[name], [*self.opts, *(rate or [])]) | {"SCENES": dict(self.setting.scenes)}
+        return keys | _circumstances(keys)
+
+    def scenes(self, seed: int) -> Path:
+        """The scenes of a seed, made if they are not there."""
+        return make_scenes(
+            self.folder / "scenes" / f"seed_{seed}", seed=seed, progress=sys.stderr.isatty(), **self.setting.scenes
+        )
+
+    def run(self, name: str, seed: int, more: Sequence[str], run: Path | None = None) -> dict:
+        """The task of one training, with keys and values ``more``."""
+        run = run or self.folder / "runs" / name / f"seed_{seed}"
+        made = self.scenes(seed)
+        return {
+            "kind": "train",
+            "config": str(self.available[name]),
+            "opts": [*self.opts, *more, *_places(made, run, seed)],
+            "annotations": str(made / "annotations" / "instances_val.json"),
+            "edges": self.setting.edges,
+            "recall_at": self.setting.recall_at,
+            "image_pyramid": name in self.setting.image_pyramid,
+            "maps": str(self.folder / "maps") if self.setting.keep_maps else None,
+            "settings": self.settings(name, more),
+            "result": str(run / "result.json"),
+            "console": str(run / "console.txt"),
+        }
+
+    def tuning_runs(self, names: Sequence[str], iterations: int | None) -> list[dict]:
+        """The tasks of the trainings that choose learning rates."""
+        tasks = []
+        for name in names:
+            keys = changed_keys(self.available[name], self.opts)
+            length = iterations or max(1, int(keys["SOLVER.MAX_ITER"]) // 2)
+            for rate in self.setting.rates:
+                more = ["SOLVER.MAX_ITER", str(length), "SOLVER.BASE_LR", str(rate)]
+                task = self.run(name, TUNING_SEED, more, self.folder / "tuning" / name / f"{rate:g}")
+                tasks.append(task | {"recall_at": [], "image_pyramid": False})
+        return tasks
+
+    def best_rate(self, name: str) -> list[str] | None:
+        """The learning rate with the highest AP of those tried, as key and value; None: not all have a result."""
+        found = {}
+        for rate in self.setting.rates:
+            path = self.folder / "tuning" / name / f"{rate:g}" / "result.json"
+            if not path.exists():
+                return None
+            found[rate] = json.loads(path.read_text())["AP"]
+        return ["SOLVER.BASE_LR", str(max(found, key=found.get))]
+
+    def times(self, name: str, seed: int, pairs: int) -> dict:
+        """The task of comparing the times of training steps with those of the reference."""
+        made, times, reference = self.scenes(seed), self.folder / "times", self.setting.reference
+        return {
+            "kind": "time",
+            "config": str(self.available[name]),
+            "opts": [*self.opts, *_places(made, times / name, seed)],
+            "reference_config": str(self.available[reference]),
+            "reference_opts": [*self.opts, *_places(made, times / f"{name}_{reference}", seed)],
+            "pairs": pairs,
+            "settings": {
+                "variant": self.settings(name, []),
+                "reference": self.settings(reference, []),
+                "pairs": pairs,
+            },
+            "result": str(times / f"{name}.json"),
+            "console": str(times / f"{name}.txt"),
+        }
 
 
 def changed_keys(config: Path, opts: Sequence[str]) -> dict[str, object]:

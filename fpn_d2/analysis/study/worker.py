@@ -20,17 +20,20 @@ from pathlib import Path
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.engine import HookBase, default_setup
+from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 
 from fpn_d2.engine import Trainer, load_prepared
 from fpn_d2.engine.device import on_this_machine
 from fpn_d2.engine.precision import build_inner_trainer
+from fpn_d2.evaluation.proposal_recall import average_recall
 from fpn_d2.evaluation.size_ap import ap_by_size
 from fpn_d2.files import write_atomically
 
 from ..measure.complexity import count_macs, count_parameters
+from .kept_maps import KeptMaps
 
 # Images over which multiply-adds are averaged: proposals, and with them the work of the heads, differ by image.
 _COUNTED_IMAGES = 8
@@ -42,17 +45,20 @@ def train(task: dict) -> dict:
 
     Args:
         task: "config" and "opts" as for `load_prepared`; "annotations": COCO file of the test set; "edges": see
-            `ap_by_size`.
+            `ap_by_size`; "recall_at": see `average_recall`; "maps": folder of `KeptMaps`, or None;
+            "image_pyramid": whether to test once more on images of the sizes TEST.AUG.MIN_SIZES.
 
     Returns:
-        What was measured: AP in percent, parameters, multiply-adds of an image, peak of memory in MB by which the
-        training raised it (of the process, or of the GPU's tensors).
+        What was measured: AP in percent, average recall of proposals, AP with the image pyramid, parameters,
+        multiply-adds of an image, peak of memory in MB by which the training raised it (of the process, or of the GPU's
+        tensors).
     """
     cfg = on_this_machine(load_prepared(task["config"], task["opts"]))
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(resume=False, eval_only=False))
     before = _memory(cfg, "VmRSS")
-    trainer = Trainer(cfg)
+    kind = _keeping_maps(task["maps"]) if task["maps"] else Trainer
+    trainer = kind(cfg)
     peak = _Peak()
     trainer.register_hooks([peak])
     trainer.resume_or_load(resume=False)
@@ -62,6 +68,12 @@ def train(task: dict) -> dict:
     )
     if abs(found["AP50"] - own["AP50"]) > 0.01:
         raise RuntimeError(f"AP50 by size is {found['AP50']}, that of Detectron2's evaluator {own['AP50']}")
+    if task["maps"]:
+        trainer.model.backbone.bottom_up = trainer.model.backbone.bottom_up.bottom_up
+    if task["recall_at"]:
+        found["recall"] = _recall_of_proposals(cfg, trainer.model, task["recall_at"], task["edges"])
+    if task["image_pyramid"]:
+        found["AP_image_pyramid"] = Trainer.test_with_TTA(cfg, trainer.model)["bbox_TTA"]["AP"]
     return found | {
         "parameters": count_parameters(trainer.model),
         "macs": _macs_of_an_image(cfg, trainer.model),
@@ -114,6 +126,47 @@ def _seconds_of_a_step(trainer: Trainer) -> float:
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def _keeping_maps(folder: str) -> type[Trainer]:
+    class KeepingTrainer(Trainer):
+        @classmethod
+        def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+            model = super().build_model(cfg)
+            model.backbone.bottom_up = KeptMaps(model.backbone.bottom_up, folder)
+            return model
+
+    return KeepingTrainer
+
+
+def _recall_of_proposals(cfg: CfgNode, model: torch.nn.Module, limits: list[int], edges: list[float]) -> dict:
+    """Average recall on the test set of the ``max(limits)`` best proposals of each image."""
+    rpn, name = model.proposal_generator, cfg.DATASETS.TEST[0]
+    before = rpn.pre_nms_topk, rpn.post_nms_topk
+    levels = len(rpn.in_features)
+    # As many in all from one level as from five; Detectron2 takes 1000 of each of five.
+    rpn.pre_nms_topk = {False: 5 * max(limits) // levels, True: before[0][True]}
+    rpn.post_nms_topk = {False: max(limits), True: before[1][True]}
+    truth = {record["image_id"]: _boxes(record["annotations"]) for record in DatasetCatalog.get(name)}
+    proposals, objects = [], []
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in build_detection_test_loader(cfg, name):
+                images = model.preprocess_image(batch)
+                found, _ = rpn(images, model.backbone(images.tensor), None)
+                for record, one in zip(batch, found, strict=True):
+                    scale = record["width"] / one.image_size[1]
+                    proposals.append(one.proposal_boxes.tensor.cpu() * scale)
+                    objects.append(truth[record["image_id"]])
+    finally:
+        rpn.pre_nms_topk, rpn.post_nms_topk = before
+    return average_recall(proposals, objects, limits, edges)
+
+
+def _boxes(annotations: list[dict]) -> torch.Tensor:
+    boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in annotations]
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
 class _Peak(HookBase):
