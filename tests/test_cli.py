@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import json
 import os
@@ -218,6 +219,7 @@ def test_models_refuses_what_is_no_size(size, capsys):
 
 def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
     from fpn_d2.analysis.study import run as study
+    from fpn_d2.analysis.study.settings import SETTINGS
 
     asked = {}
 
@@ -233,10 +235,9 @@ def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
         "folder": "out",
         "seeds": [4, 5],
         "variants": ["fpn", "c4"],
-        "configs": study.CONFIGS,
+        "setting": dataclasses.replace(SETTINGS["paper"], scenes={**SETTINGS["paper"].scenes, "train": 8, "val": 9}),
         "iterations": 7,
-        "train_scenes": 8,
-        "val_scenes": 9,
+        "tuning_iterations": None,
         "time_pairs": 3,
         "jobs": 2,
         "opts": ["SOLVER.BASE_LR", "0.1"],
@@ -248,10 +249,9 @@ def test_study_has_the_defaults_of_the_function():
     from fpn_d2.analysis.study.run import run_study
 
     args = vars(cli.build_parser().parse_args(["study", "--output", "x"]))
-    names = {"train_scenes": "train", "val_scenes": "val"}
     for name, parameter in inspect.signature(run_study).parameters.items():
-        if name not in ("folder", "configs"):
-            assert args[names.get(name, name)] == parameter.default, name
+        if name not in ("folder", "setting"):
+            assert args[name] == parameter.default, name
 
 
 def test_compare_passes_its_arguments_on(monkeypatch, capsys):

@@ -24,9 +24,9 @@ ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y
 BASES = [name for name in ALL if Path(name).name.startswith("Base-")]
 LEAVES = [name for name in ALL if name not in BASES]
 # Complete recipes: they hold a data set and a schedule of their own, not only what differs from the base.
-RECIPES = ("quick_schedules/", "own_data/", "study/fpn.yaml")
+RECIPES = ("quick_schedules/", "own_data/", "study/paper/fpn.yaml", "study/small_objects/fpn.yaml")
 # Single-level baselines: Detectron2's own backbones and heads.
-BASELINES = ("c4.yaml", "c5.yaml", "R_50_C4_1x.yaml", "R_50_C5_1x.yaml", "R_50_DC5_1x.yaml")
+BASELINES = ("small_objects/c4.yaml", "small_objects/c5.yaml", "R_50_C4_1x.yaml", "R_50_C5_1x.yaml", "R_50_DC5_1x.yaml")
 # Children of the backbone that no head of a config reads, by config.
 UNUSED: dict[str, str] = {}
 # Too large for the quick tests.
@@ -183,7 +183,7 @@ def build(cfg: CfgNode) -> torch.nn.Module:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 100
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16

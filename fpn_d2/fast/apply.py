@@ -14,6 +14,7 @@ from .detections import FastBoxPredictor
 from .guard import Fast, mixed
 from .linear import FastBoxHead
 from .necks import FastFPN
+from .norms import FastFrozenNormAct
 from .poolers import FastLevelPooler, FastROIPooler
 from .proposals import FastRPN
 
@@ -24,6 +25,7 @@ NUMERICS = ("fast", "exact")
 TABLE: dict[str, type[Fast]] = {
     "detectron2.layers.wrappers.Conv2d": FastConvolution,
     "torch.nn.modules.conv.Conv2d": FastTorchConvolution,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": FastFrozenNormAct,
     "detectron2.modeling.backbone.resnet.BasicStem": FastStem,
     "detectron2.modeling.backbone.resnet.BasicBlock": FastBasicBlock,
     "detectron2.modeling.backbone.resnet.BottleneckBlock": FastBottleneckBlock,

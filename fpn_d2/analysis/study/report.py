@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from detectron2.config import get_cfg
+
 from fpn_d2.errors import UserError
 from fpn_d2.files import write_atomically
 
@@ -14,7 +16,7 @@ COMPARED_WITH = "fpn"
 
 
 def write_report(
-    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str, settings: Mapping[str, dict]
+    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str | None, settings: Mapping[str, dict]
 ) -> Path:
     """Write ``results.json``, ``table.md`` and ``study.png`` into ``folder``; runs without a result are left out.
 
@@ -22,7 +24,7 @@ def write_report(
         folder: as in :func:`fpn_d2.analysis.study.run_study`.
         variants: in the order of the table's rows.
         seeds: those whose runs count.
-        reference: the variant that memory and training time are divided by.
+        reference: the variant that memory and training time are divided by; None: neither was measured.
         settings: by variant those of its runs; results with others are left out.
 
     Returns:
@@ -43,7 +45,7 @@ def write_report(
 
 
 def summarise(
-    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str, settings: Mapping[str, dict]
+    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str | None, settings: Mapping[str, dict]
 ) -> list[dict]:
     """Mean and spread over the seeds, variant by variant; see :func:`write_report`.
 
@@ -53,7 +55,7 @@ def summarise(
         one seed.
     """
     runs = {}
-    for variant in {*variants, reference, COMPARED_WITH}:
+    for variant in {*variants, COMPARED_WITH, *([reference] if reference else [])}:
         for seed in seeds:
             path = folder / "runs" / variant / f"seed_{seed}" / "result.json"
             if found := _result(path, settings.get(variant)):
@@ -66,8 +68,14 @@ def summarise(
         row = {"variant": variant, "seeds": list(own), "parameters": next(iter(own.values()))["parameters"]}
         for key in ("AP", "AP50", "macs", "peak_memory_mb"):
             row[key] = _summary([run[key] for run in own.values()])
-        sizes = next(iter(own.values()))["sizes"]
-        row["sizes"] = {size: _summary([run["sizes"][size] for run in own.values()]) for size in sizes}
+        first = next(iter(own.values()))
+        row["sizes"] = {size: _summary([run["sizes"][size] for run in own.values()]) for size in first["sizes"]}
+        row["recall"] = {
+            limit: {size: _summary([run["recall"][limit][size] for run in own.values()]) for size in found}
+            for limit, found in first.get("recall", {}).items()
+        }
+        row["AP_image_pyramid"] = _summary([run.get("AP_image_pyramid", math.nan) for run in own.values()])
+        row["rate"] = settings[variant].get("SOLVER.BASE_LR", get_cfg().SOLVER.BASE_LR)
         row["AP_difference"] = _summary(
             [run["AP"] - runs[COMPARED_WITH, s]["AP"] for s, run in own.items() if (COMPARED_WITH, s) in runs]
         )
@@ -110,26 +118,50 @@ def _without_nan(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def markdown(rows: list[dict], reference: str) -> str:
-    """The table: AP in percent as mean ± sample standard deviation over the seeds, cost beside it."""
-    sizes = list(rows[0]["sizes"])
-    titles = [
-        "variant",
-        "seeds",
-        "AP",
-        "AP50",
-        *(f"AP {size} px" for size in sizes),
-        f"AP less that of {COMPARED_WITH}",
+def markdown(rows: list[dict], reference: str | None) -> str:
+    """The tables: AP in percent as mean ± sample standard deviation over the seeds with the cost, and recall."""
+    tables = [_table(_columns_of_ap(rows, reference))]
+    if rows[0]["recall"]:
+        tables.append(_table(_columns_of_recall(rows)))
+    return "\n\n".join(tables)
+
+
+def _columns_of_ap(rows: list[dict], reference: str | None) -> dict[str, list[str]]:
+    columns = {
+        "variant": [row["variant"] for row in rows],
+        "seeds": [str(len(row["seeds"])) for row in rows],
+        "AP": [_ap(row["AP"]) for row in rows],
+        "AP50": [_ap(row["AP50"]) for row in rows],
+    }
+    columns |= {f"AP {size} px": [_ap(row["sizes"][size]) for row in rows] for size in rows[0]["sizes"]}
+    columns[f"AP less that of {COMPARED_WITH}"] = [
+        "" if row["variant"] == COMPARED_WITH else _ap(row["AP_difference"], sign="+") for row in rows
     ]
-    titles += ["GMAC", "M parameters", f"memory / {reference}", f"time / {reference} (quartiles)"]
-    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
-    for row in rows:
-        cells = [row["variant"], str(len(row["seeds"])), _ap(row["AP"]), _ap(row["AP50"])]
-        cells += [_ap(row["sizes"][size]) for size in sizes]
-        cells += ["" if row["variant"] == COMPARED_WITH else _ap(row["AP_difference"], sign="+")]
-        cells += [f"{row['macs']['mean'] / 1e9:.2f}", f"{row['parameters'] / 1e6:.1f}"]
-        cells += [_number(row["memory_ratio"]["mean"]), _time(row["time_ratio"])]
-        lines.append("| " + " | ".join(cells) + " |")
+    if any(not math.isnan(row["AP_image_pyramid"]["mean"]) for row in rows):
+        columns["AP, image pyramid at test"] = [_ap(row["AP_image_pyramid"]) for row in rows]
+    if len({row["rate"] for row in rows}) > 1:
+        columns["learning rate"] = [f"{row['rate']:g}" for row in rows]
+    columns["GMAC"] = [f"{row['macs']['mean'] / 1e9:.2f}" for row in rows]
+    columns["M parameters"] = [f"{row['parameters'] / 1e6:.1f}" for row in rows]
+    if reference:
+        columns[f"memory / {reference}"] = [_number(row["memory_ratio"]["mean"]) for row in rows]
+        columns[f"time / {reference} (quartiles)"] = [_time(row["time_ratio"]) for row in rows]
+    return columns
+
+
+def _columns_of_recall(rows: list[dict]) -> dict[str, list[str]]:
+    columns = {"variant": [row["variant"] for row in rows]}
+    for limit, sizes in rows[0]["recall"].items():
+        for size in sizes:
+            columns[f"{limit} {'' if size == 'all' else f'{size} px'}".strip()] = [
+                _ap(row["recall"][limit][size]) for row in rows
+            ]
+    return columns
+
+
+def _table(columns: dict[str, list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
     return "\n".join(lines)
 
 
@@ -151,7 +183,7 @@ def _time(ratio: dict) -> str:
     return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def draw(rows: list[dict], reference: str, path: Path) -> None:
+def draw(rows: list[dict], reference: str | None, path: Path) -> None:
     """Draw AP by variant with each seed, AP by size, and AP against cost."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -105,6 +105,8 @@ def run_study(
             raise UserError(f"{what} is {value}; expected at least {low}")
     opts = [*map(str, opts), *(["SOLVER.MAX_ITER", str(iterations)] if iterations else [])]
     study = _Study(folder, setting, available, opts)
+    for name in names:
+        study.settings(name, [])  # finds mistakes in opts
 
     writable_folder(folder)
     failed, chosen = [], {name: [] for name in names}

@@ -1,5 +1,6 @@
 """The study: which runs it makes, how it goes on, what its table says; with runs of a fake, and one real study."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -15,13 +16,23 @@ from fpn_d2 import cli
 from fpn_d2.analysis.study import report as study_report
 from fpn_d2.analysis.study import run as study
 from fpn_d2.analysis.study import worker as study_run
-from fpn_d2.analysis.study.run import CONFIGS, run_study, variants_in
+from fpn_d2.analysis.study.run import run_study, variants_in
+from fpn_d2.analysis.study.settings import SETTINGS
 from fpn_d2.analysis.subjects import random_batch
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.errors import UserError
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 
-SMALL = {"train_scenes": 2, "val_scenes": 1, "time_pairs": 2}
+SCRATCH = SETTINGS["small_objects"]
+CONFIGS = SCRATCH.configs
+
+
+def with_few_scenes(setting, train=2, val=1):
+    return dataclasses.replace(setting, scenes={**setting.scenes, "train": train, "val": val})
+
+
+SMALL = {"setting": with_few_scenes(SCRATCH), "time_pairs": 2}
+PAPER = with_few_scenes(SETTINGS["paper"])
 AP = {("fpn", 1): 40.0, ("fpn", 2): 44.0, ("c4", 1): 30.0, ("c4", 2): 31.0, ("only_p2", 1): 35.0, ("only_p2", 2): 36.0}
 
 
@@ -191,34 +202,89 @@ def test_mistakes(tmp_path, runs):
         with pytest.raises(UserError, match=message):
             run_study(tmp_path / "new", **SMALL | {"seeds": [1]} | options)
     with pytest.raises(UserError, match="--configs"):
-        run_study(tmp_path / "new", configs=tmp_path)
+        run_study(tmp_path / "new", setting=dataclasses.replace(SCRATCH, configs=tmp_path))
+    with pytest.raises(UserError, match="seed 0 is that of the scenes"):
+        run_study(tmp_path / "new", setting=PAPER, seeds=[0, 1])
     assert runs == [] and not (tmp_path / "new").exists()
 
 
-def test_every_neck_and_extractor_has_a_variant():
-    used = {"FPN", "canonical"}
-    for path in variants_in(CONFIGS).values():
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_every_neck_and_extractor_has_a_variant(setting):
+    used = {"FPN", "canonical"} | ({"ImagePyramid"} if setting.image_pyramid else set())
+    variants = variants_in(setting.configs, setting.order)
+    for path in variants.values():
         keys = study.changed_keys(path, [])
         used |= {keys.get("MODEL.FPN.NECK"), keys.get("MODEL.ROI_LEVEL_ASSIGN.NAME")}
     for registry in (NECK_REGISTRY, ROI_RULE_REGISTRY):
-        assert {name for name, _ in registry} <= used, "add a config to configs/study"
-    assert list(variants_in(CONFIGS))[:7] == list(study.ORDER)
+        assert {name for name, _ in registry} <= used, f"add a config to {setting.configs}"
+    assert tuple(variants)[: len(setting.order)] == setting.order and set(setting.image_pyramid) <= set(variants)
 
 
-def test_variants_differ_in_the_model_only():
-    recipe = study.changed_keys(CONFIGS / "fpn.yaml", [])
-    for name, path in variants_in(CONFIGS).items():
+@pytest.mark.parametrize(
+    "setting, sizes, numerics",
+    # C4 and C5 from scratch have Detectron2's operations only
+    [("small_objects", [8, 11, 16, 23, 32, 45, 64, 90], "exact"), ("paper", [32, 64, 128, 256, 512], None)],
+)
+def test_variants_differ_in_the_model_only(setting, sizes, numerics):
+    configs = SETTINGS[setting].configs
+    recipe = study.changed_keys(configs / "fpn.yaml", [])
+    for name, path in variants_in(configs).items():
         keys = study.changed_keys(path, [])
         other = {key for key in {*keys, *recipe} if keys.get(key) != recipe.get(key)}
         assert all(key.startswith("MODEL.") for key in other), (name, other)
-        anchors = [size for sizes in keys["MODEL.ANCHOR_GENERATOR.SIZES"] for size in sizes]
-        assert keys["MODEL.NUMERICS"] == "exact"  # C4 and C5 have Detectron2's operations only
-        assert sorted(anchors) == [8, 11, 16, 23, 32, 45, 64, 90], name
+        of_levels = keys.get("MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64, 128, 256, 512]])  # Detectron2's default
+        anchors = [size for of_level in of_levels for size in of_level]
+        assert keys.get("MODEL.NUMERICS") == numerics
+        assert sorted(anchors) == sizes, name
+
+
+def test_each_variant_gets_its_best_learning_rate(tmp_path, monkeypatch):
+    """The learning rate with the highest AP of those tried; runs of another seed's scenes, half as long."""
+    asked = []
+    best = {"fpn": "0.001", "c4": "0.00025"}
+
+    def do_one(task):
+        result = Path(task["result"])
+        result.parent.mkdir(parents=True, exist_ok=True)
+        variant = Path(task["config"]).stem
+        keys = dict(zip(task["opts"][::2], task["opts"][1::2], strict=True))
+        tuning = result.parts[-4] == "tuning"
+        asked.append((tuning, variant, keys["SEED"], keys.get("SOLVER.MAX_ITER"), float(keys["SOLVER.BASE_LR"])))
+        assert ("seed_0" in keys["DATASETS.COCO_FORMAT"]) == tuning and bool(task["recall_at"]) != tuning
+        found = {
+            "AP": 9.0 if keys["SOLVER.BASE_LR"] == best[variant] else 5.0,
+            "AP50": 9.0, "sizes": {"<56": 1.0}, "parameters": 1, "macs": 1e9, "peak_memory_mb": 1.0,
+            "recall": {"AR@100": {"all": 30.0, "<56": 20.0}}, "AP_image_pyramid": 44.0,
+        }  # fmt: skip
+        result.write_text(json.dumps({"settings": task["settings"], **found}))
+        return True
+
+    monkeypatch.setattr(study, "_do_one", do_one)
+    options = {"setting": PAPER, "seeds": [1], "variants": ["fpn", "c4"], "iterations": 8}
+    table = run_study(tmp_path, **options).read_text()
+    assert [run for run in asked if run[0]] == [
+        (True, variant, "0", "4", rate) for variant in ("fpn", "c4") for rate in (0.00025, 0.0005, 0.001)
+    ]
+    assert [run[1:] for run in asked if not run[0]] == [("fpn", "1", "8", 0.001), ("c4", "1", "8", 0.00025)]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line]
+    assert lines[0][-4:] == ["AP, image pyramid at test", "learning rate", "GMAC", "M parameters"]
+    assert lines[2][-4:] == ["44.0", "0.001", "1.00", "0.0"] and lines[3][-3] == "0.00025"
+    assert lines[4] == ["variant", "AR@100", "AR@100 <56 px"] and lines[6] == ["fpn", "30.0", "20.0"]
+    asked.clear()
+    run_study(tmp_path, **options)
+    assert asked == []
+
+
+def test_a_variant_whose_learning_rates_were_not_all_tried_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_do_one", lambda task: False)
+    with pytest.raises(UserError, match="no run in"):
+        run_study(tmp_path, setting=PAPER, seeds=[1], variants=["fpn"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_one_run_measures_what_it_says(tmp_path):
     """A real training of three iterations in a process of its own, and a real comparison of times in this one."""
-    scenes = make_scenes(tmp_path / "scenes", seed=1, train=4, val=2, progress=False, **study.SCENES)
+    scenes = make_scenes(tmp_path / "scenes", seed=1, progress=False, **with_few_scenes(SCRATCH, 4, 2).scenes)
     opts = [*study._places(scenes, tmp_path / "out", 1), "SOLVER.MAX_ITER", "3", "SOLVER.WARMUP_ITERS", "0"]
     common = {"config": str(CONFIGS / "fpn.yaml"), "opts": opts, "settings": {"a": 1}}
     annotations = str(scenes / "annotations" / "instances_val.json")
@@ -226,6 +292,9 @@ def test_one_run_measures_what_it_says(tmp_path):
         "kind": "train",
         "annotations": annotations,
         "edges": [16, 32, 64],
+        "recall_at": [10, 100],
+        "maps": None,
+        "image_pyramid": False,
         "result": str(tmp_path / "r.json"),
         "console": str(tmp_path / "console.txt"),
     }
@@ -234,6 +303,8 @@ def test_one_run_measures_what_it_says(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["settings"] == {"a": 1}
     assert 0 <= result["AP"] <= result["AP50"] <= 100 and list(result["sizes"]) == ["<16", "16-32", "32-64", ">=64"]
+    recall = [result["recall"][f"AR@{limit}"]["all"] for limit in (10, 100)]
+    assert 0 < recall[0] <= recall[1] < 100
     assert 11e6 < result["parameters"] < 14e6  # a ResNet-18 has 11.2 million
     assert 0.5e9 < result["macs"] < 3e9  # of an image of 128 x 128; its share is 0.59e9
     assert 10 < result["peak_memory_mb"] < 4000
@@ -273,8 +344,8 @@ def test_reading_images_is_not_timed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_study_from_the_command_line_goes_on(tmp_path, capfd):
-    command = ["study", "--output", str(tmp_path), "--variants", "fpn", "c4", "--seeds", "1", "2", "--iterations", "2"]
-    command += ["--train", "4", "--val", "2", "--time-pairs", "2"]
+    command = ["study", "--setting", "small_objects", "--output", str(tmp_path), "--variants", "fpn", "c4"]
+    command += ["--seeds", "1", "2", "--iterations", "2", "--train", "4", "--val", "2", "--time-pairs", "2"]
     with pytest.MonkeyPatch.context() as patch:
         real = subprocess.run
         started = []
