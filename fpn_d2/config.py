@@ -195,6 +195,16 @@ def add_fpn_d2_config(cfg: CfgNode) -> None:
     new.INPUT.VERTICAL_FLIP = False
     # Change brightness, contrast and saturation, each by a factor drawn from [1 - c, 1 + c]. 0: off. In [0, 1).
     new.INPUT.COLOR_JITTER = 0.0
+    # Large-scale jitter: [lowest, highest] size of an image as a multiple of what fits into a square, as [0.1, 2.0];
+    # what is larger is cropped at random, what is smaller padded. Takes the place of MIN_SIZE_TRAIN. Empty: off.
+    new.INPUT.SCALE_JITTER = []
+    # Side of that square, which all training images then have, in pixels; 0: the largest of MIN_SIZE_TRAIN.
+    new.INPUT.SCALE_JITTER_SIZE = 0
+    # Probability that a training image is made of four (mosaic), its own among them. For boxes alone. 0: off.
+    new.INPUT.MOSAIC = 0.0
+    # Probability that objects of another image are pasted into a training image, each with the rectangle of its box.
+    # For boxes alone. 0: off.
+    new.INPUT.COPY_PASTE = 0.0
 
     # ---- Training and evaluation ----------------------------------------------------------------------------
     new.SOLVER = CfgNode()

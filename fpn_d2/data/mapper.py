@@ -1,6 +1,7 @@
-"""From a record of a data set to the model's input: Detectron2's mapper, sooner, with two augmentations more."""
+"""From a record of a data set to the model's input: Detectron2's mapper, sooner, with more augmentations."""
 
 import copy
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from .box_annotations import instances_of_boxes
 from .fast_transforms import FastAugInput, enlarges_to_the_bit
 from .image_files import file_problem
 from .image_loading import read_image, to_chw
+from .mixing import Picture, boxes_alone, mixers
 
 # Weights of red, green and blue in the luma of ITU-R BT.601, as Pillow and Detectron2 take them.
 _LUMA = {"R": 0.299, "G": 0.587, "B": 0.114}
@@ -65,28 +67,47 @@ class ColorJitter(T.Augmentation):
         return TransformList(transforms)
 
 
-class TrainingMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``, sooner, with ``INPUT.VERTICAL_FLIP`` and ``INPUT.COLOR_JITTER``.
+def scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """Detectron2's two augmentations of large-scale jitter (Ghiasi et al., CVPR 2021), as INPUT.SCALE_JITTER asks.
 
-    With both keys off it gives just what Detectron2's own gives, to the bit and from the same random numbers, with one
-    exception: without a compiler, and unless ``exact``, images to train on that are enlarged come out within one grey
-    level of it. (An augmentation after that which raises the contrast, as the colour jitter may, raises the difference
-    too.) Beyond, the file is believed over the record: an image has the size that its file has, and one that cannot be
-    read is left out with a warning; see `BadImages`.
+    Raises:
+        UserError: The keys are out of range.
+    """
+    scales, side = list(cfg.INPUT.SCALE_JITTER), cfg.INPUT.SCALE_JITTER_SIZE or max(cfg.INPUT.MIN_SIZE_TRAIN)
+    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
+        raise UserError(f"INPUT.SCALE_JITTER is {scales}; expected the lowest and the highest scale, as [0.1, 2.0]")
+    if side <= 0:
+        raise UserError(f"INPUT.SCALE_JITTER_SIZE is {side}; expected a number of pixels, or 0")
+    return [T.ResizeScale(*scales, side, side), T.FixedSizeCrop((side, side))]
+
+
+class TrainingMapper(DatasetMapper):
+    """Detectron2's ``DatasetMapper``, sooner, with ``VERTICAL_FLIP`` and the keys after it in ``INPUT``.
+
+    With all of them off it gives just what Detectron2's own gives, to the bit and from the same random numbers, with
+    one exception: without a compiler, and unless ``exact``, images to train on that are enlarged come out within one
+    grey level of it. (An augmentation after that which raises the contrast, as the colour jitter may, raises the
+    difference too.) Beyond, the file is believed over the record: an image has the size that its file has, and one that
+    cannot be read is left out with a warning; see `BadImages`.
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, exact: bool = False, max_bad_images: int = 0, **kwargs):
+    def __init__(
+        self, is_train: bool, *, exact: bool = False, max_bad_images: int = 0, mixing: Sequence[Callable] = (), **kwargs
+    ):
         """
         Args:
             is_train: Whether to augment, and to give ``instances``.
             exact: Whether to run Detectron2's own operations and nothing else.
             max_bad_images: How many images may be left out because their files cannot be used.
+            mixing: What makes one picture of several; see `mixing`. It draws from ``others``.
             **kwargs: The other arguments of ``DatasetMapper``.
         """
         super().__init__(is_train, **kwargs)
         self.exact = exact
         self.bad_images = BadImages(max_bad_images)
+        self.mixing = tuple(mixing)
+        self.others: Sequence[dict] = ()  # records to draw other pictures from, if there are any; the loader knows them
         if not exact:
             enlarges_to_the_bit()  # is built here, not in each worker of a data loader
 
@@ -99,9 +120,17 @@ class TrainingMapper(DatasetMapper):
                 which of them are left and right would be wrong in the mirrored image; or if ``MODEL.NUMERICS`` is
                 unknown.
         """
+        mixing = mixers(cfg) if is_train else ()
         arguments = super().from_config(cfg, is_train)
+        arguments["mixing"] = mixing
         arguments["exact"] = numerics(cfg) == "exact"
         arguments["max_bad_images"] = cfg.DATASETS.MAX_BAD_IMAGES
+        if is_train and cfg.INPUT.SCALE_JITTER:
+            resizing = next(
+                k for k, one in enumerate(arguments["augmentations"]) if isinstance(one, T.ResizeShortestEdge)
+            )
+            arguments["augmentations"][resizing : resizing + 1] = scale_jitter(cfg)
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # as Detectron2 has it for what it crops
         if is_train and cfg.INPUT.VERTICAL_FLIP:
             if cfg.MODEL.KEYPOINT_ON:
                 raise UserError("INPUT.VERTICAL_FLIP does not go with MODEL.KEYPOINT_ON; set one of them to False.")
@@ -126,6 +155,8 @@ class TrainingMapper(DatasetMapper):
         except BadImage as bad:
             self.bad_images.add(dataset_dict, bad)
             return None if self.is_train else self._blank(dataset_dict, str(bad))
+        if self.mixing and self.others:
+            dataset_dict, image = self._mix(dataset_dict, image)
         try:
             return self._map(dataset_dict, image)
         except ValueError as error:
@@ -162,6 +193,21 @@ class TrainingMapper(DatasetMapper):
             dataset_dict, f"it is {width} x {height}, not {recorded[0]} x {recorded[1]} as recorded: that is used"
         )
         return image
+
+    def _mix(self, dataset_dict: dict, image: np.ndarray) -> tuple[dict, np.ndarray]:
+        picture = image, boxes_alone(dataset_dict)
+        for mix in self.mixing:
+            picture = mix(picture, self._draw)
+        return {**dataset_dict, "annotations": picture[1]}, picture[0]
+
+    def _draw(self) -> Picture:
+        """Another picture, by NumPy's random numbers."""
+        while True:  # until too many are bad
+            record = self.others[np.random.randint(len(self.others))]
+            try:
+                return self._read(record), boxes_alone(record)
+            except BadImage as bad:
+                self.bad_images.add(record, bad)
 
     def _map(self, dataset_dict: dict, image: np.ndarray) -> dict:
         """What ``DatasetMapper.__call__`` does, by the faster functions unless ``exact``."""

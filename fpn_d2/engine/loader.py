@@ -22,6 +22,8 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fpn_d2.data import TrainingMapper
+
 from .randomness import IMAGE, ORDER, random_states_put_back, seed_all, seed_of
 from .registries import TRAIN_SAMPLER_REGISTRY
 
@@ -52,6 +54,8 @@ class TrainingLoader:
         self._records: list[dict] | None = records  # gone with the first batch: their objects would fill the memory
         self._sampler: Sampler | None = None
         self._data = DatasetFromList(records, copy=False)
+        if isinstance(mapper, TrainingMapper):
+            mapper.others = self._data
         self._groups = _groups(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else np.zeros(len(records), np.uint8)
         self._state = _State(0, [[], []])  # after the batches handed out so far
         self._ahead: deque[_State] = deque()  # after each batch that the workers know and the training does not yet

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fpn_d2.checkpoint.checkpointer import ReportingCheckpointer
 from fpn_d2.checkpoint.contents import contents
 from fpn_d2.data import TrainingMapper
+from fpn_d2.errors import UserError
 from fpn_d2.evaluation.evaluators import build_evaluator
 from fpn_d2.modeling import without_timm_weights
 
@@ -339,6 +340,11 @@ class Trainer(DefaultTrainer):
         own = {"sampler": object()} if cfg.DATALOADER.SAMPLER_TRAIN in TRAIN_SAMPLER_REGISTRY else {}
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, **own)
         if not isinstance(parts["dataset"], list):  # a user's own, without records that can be counted
+            if cfg.INPUT.MOSAIC or cfg.INPUT.COPY_PASTE:
+                raise UserError(
+                    "INPUT.MOSAIC and INPUT.COPY_PASTE draw from a list of records, which this data set is not: set "
+                    "them to 0"
+                )
             return build_detection_train_loader(cfg, mapper=mapper)
         return TrainingLoader(cfg, mapper, parts["dataset"], max(0, cfg.SEED))
 
