@@ -1,10 +1,13 @@
-"""Which detectors can be exported and what their files give, by hand: a quarter of an hour of processor time.
+"""Which detectors can be exported and what their files give, by hand: two hours of processor time.
 
-    python -m tests.export_table --output docs/export.md
+    python -m tests.export_table --output docs/export.md            what is not yet there, then the table
+    python -m tests.export_table --output docs/export.md --table    the table alone, of what is there
 
-Small detectors with random weights, each in a process of its own, are written as ONNX and as a ``torch.export``
-program, run by every engine that is installed on one image, on three of different sizes at once, on a small one and on
-one without anything, and compared with the model stage by stage. The table goes between two marks of the page.
+Small detectors with random weights, and Detectron2's own configurations at their full width, each in a process of its
+own, are written in every format, run by every engine that is installed on one image, on three of different sizes at
+once, on a small one and on one without anything, and compared with the model stage by stage. The table goes between two
+marks of the page. Each result is kept in --folder as soon as it is there: a run that was stopped goes on where it was,
+and a result that is to be measured again is deleted there.
 """
 
 import argparse
@@ -12,16 +15,31 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.model_zoo import get_config_file
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from fpn_d2.errors import UserError
+from fpn_d2.analysis.exported import all_within, available_engines, check_exported, eager_stages, random_batches, text
 from fpn_d2.files import write_atomically
-from tests.inference.test_export import CASCADE, CLASSES, OURS, RETINA, STOCK, build, config
+from fpn_d2.inference import Predictor, load
+from fpn_d2.inference.export import export_detector
+from tests.inference.test_export import CASCADE, CLASSES, OURS, RETINA, STOCK, build, config, spread
 
 BEGIN, END = "<!-- exported: begin, written by tests/export_table.py -->", "<!-- exported: end -->"
-ENGINES = {"onnx": ("onnxruntime", "openvino"), "pt2": ("torch",)}
+COLUMNS = {
+    "onnx": {"onnxruntime": "ONNX, ONNX Runtime", "openvino": "ONNX, OpenVINO"},
+    "openvino": {"openvino": "OpenVINO's format"},
+    "pt2": {"torch": "pt2"},
+    "aoti": {"inductor": "aoti"},
+}
 TIMM = {"MODEL.FPN.BOTTOM_UP": "build_timm_backbone", "MODEL.FPN.NORM": "LN"}
 SMALL_SWIN = [["embed_dim", 24], ["depths", [1, 1, 2, 1]], ["num_heads", [1, 2, 4, 8]]]
 SMALL_VIT = [["depth", 4], ["embed_dim", 64], ["num_heads", 2], ["img_size", 128]]
@@ -42,6 +60,17 @@ PYRAMIDS = {
 }
 MASK, KEYPOINT = {"MODEL.MASK_ON": True}, {"MODEL.KEYPOINT_ON": True}
 HEADS = ("Faster", "Cascade", "Mask", "Keypoint", "RetinaNet")
+ZOO = (
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+)
+DETECTORS = {f"{pyramid}, {head}": (pyramid, head) for pyramid in PYRAMIDS for head in HEADS}
+
+COMPILED = ("openvino", "aoti")  # formats of the same graph, of minutes a file: written of these detectors alone
+FEWER = [name for name, (pyramid, head) in DETECTORS.items() if pyramid == "ResNet FPN" or head == "Mask"]
 
 
 def options(pyramid: str, head: str) -> dict:
@@ -60,76 +89,142 @@ def options(pyramid: str, head: str) -> dict:
     return found
 
 
-def check(pyramid: str, head: str) -> dict[str, str]:
-    """Export one detector; what each engine gives, in a cell of the table."""
-    from fpn_d2.analysis.exported import all_within, check_exported, eager_stages, random_batches
-    from fpn_d2.inference import Predictor
-    from fpn_d2.inference.export import export_detector
+def small_detector(name: str) -> Predictor:
+    """One of ``DETECTORS``."""
+    keys = options(*DETECTORS[name])
+    return Predictor(build(keys), config(keys), class_names=CLASSES)
 
+
+def zoo_detector(name: str) -> Predictor:
+    """A checkpoint of a model that Detectron2 built from its own configuration, loaded as its user would."""
+    cfg = get_cfg()
+    cfg.merge_from_file(get_config_file(name))
+    cfg.MODEL.DEVICE = "cpu"
+    model = spread(normalised(build_model(cfg).eval()), 0.3)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "model_final.pth"
+        torch.save({"model": model.state_dict()}, checkpoint)
+        return load(checkpoint, config=name, device="cpu", optimize=False)
+
+
+def normalised(model: nn.Module) -> nn.Module:
+    """A model whose frozen batch normalisations have the mean and the variance of random images, as trained ones do.
+
+    Without, each block of a ResNet of random weights doubles its maps, and rounding decides what is found.
+    """
+
+    def take(layer: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+
+    layers = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    handles = [layer.register_forward_pre_hook(take) for layer in layers]
+    with torch.no_grad():
+        model.backbone(model.preprocess_image([{"image": image} for image in random_batches(256, 256)[1]]).tensor)
+    for handle in handles:
+        handle.remove()
+    return model
+
+
+def check(name: str, to: str) -> dict[str, str]:
+    """Export one detector; what each engine gives, in cells of the table."""
     torch.manual_seed(0)
-    keys = options(pyramid, head)
-    model, batches = build(keys), random_batches(96, 128)
+    predictor = small_detector(name) if name in DETECTORS else zoo_detector(name)
+    model, batches = predictor.model, random_batches(96, 128)
     batches.append([torch.zeros(3, 100, 70, dtype=torch.uint8)])
     every = [module for module in model.modules() if hasattr(module, "test_score_thresh")]
     for module in every:
         module.test_score_thresh = 0.0
-    best = [float(one.scores.max()) for batch in batches for one in eager_stages(model, batch)["detections"].values()]
+    best = sorted(max(one.scores.tolist(), default=0.0) for one in detections_of(model, batches))
     for module in every:  # so that there is nothing in some of the images
-        module.test_score_thresh = (sorted(best)[1] + sorted(best)[2]) / 2
-    counts = [len(one) for batch in batches for one in eager_stages(model, batch)["detections"].values()]
+        module.test_score_thresh = (best[1] + best[2]) / 2
+    counts = [len(one) for one in detections_of(model, batches)]
     cells = {}
-    for to, engines in ENGINES.items():
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        exported = export_detector(predictor, folder, to)
+        for engine in available_engines(to):
             try:
-                exported = export_detector(Predictor(model, config(keys), class_names=CLASSES), folder, to)
-            except UserError as error:
-                cells |= dict.fromkeys(engines, f"no: {error}")
+                found = check_exported(exported, model, batches, [engine])
+            except Exception as error:
+                cells[COLUMNS[to][engine]] = f"no: {one_line(error)}"
                 continue
-            for engine in engines:
-                try:
-                    found = check_exported(exported, model, batches, [engine])
-                except Exception as error:
-                    cells[engine] = f"no: {' '.join(str(error).split())[:200]}"
-                    continue
-                every_one = [d for batch in found[engine] for d in batch if d.stage == "detections"]
-                boxes, scores = (
-                    max((d.max_abs for d in every_one if d.item.endswith(what) and d.max_abs is not None), default=0)
-                    for what in ("boxes", "scores")
-                )
-                bad = "" if all_within(found) else "DIFFERS: "
-                cells[engine] = f"{bad}{boxes:.1g} px, {scores:.1g}"
+            every_one = [d for batch in found[engine] for d in batch if d.stage == "detections"]
+            boxes, scores = (
+                max((d.max_abs for d in every_one if d.item.endswith(what) and d.max_abs is not None), default=0)
+                for what in ("boxes", "scores")
+            )
+            bad = "" if all_within(found) else "DIFFERS: "
+            cells[COLUMNS[to][engine]] = f"{bad}{boxes:.1g} px, {scores:.1g}"
+            if bad:
+                print(text(found, batches), file=sys.stderr)
     return cells | {"detections": f"{min(counts)} to {max(counts)}"}
+
+
+def detections_of(model: nn.Module, batches: Sequence[Sequence[Tensor]]) -> list[Instances]:
+    """What the model finds in each image."""
+    return [found for images in batches for found in eager_stages(model, images)["detections"].values()]
+
+
+def one_line(error: object) -> str:
+    """What went wrong, short enough for a cell."""
+    return " ".join(str(error).split()).replace("|", "/")[:200]
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
     """The page's table."""
-    columns = [engine for engines in ENGINES.values() for engine in engines]
+    columns = [column for columns in COLUMNS.values() for column in columns.values()]
     lines = ["| detector | " + " | ".join(columns) + " | detections |", "| --- " * (len(columns) + 2) + "|"]
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join(cells.get(c, "") for c in (*columns, "detections")) + " |")
     return "\n".join(lines)
 
 
+def measure(name: str, to: str, kept: Path) -> None:
+    """Keep what :func:`check` gives, in a process of its own, in a file if it is not there."""
+    if not kept.exists():
+        command = [sys.executable, "-W", "ignore", "-m", "tests.export_table", "--one", name, to]
+        done = subprocess.run(command, capture_output=True, text=True)
+        kept.with_suffix(".txt").write_text(done.stderr)
+        if done.returncode == 0:
+            cells = json.loads(done.stdout.splitlines()[-1])
+        else:
+            said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+            cells = dict.fromkeys(COLUMNS[to].values(), f"no: {one_line(said)}")
+        write_atomically(kept, json.dumps(cells))
+
+
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", metavar="PAGE", help="page whose table is written anew; none: print it")
-    parser.add_argument("--pyramids", nargs="+", choices=PYRAMIDS, default=list(PYRAMIDS))
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--one", nargs=2, metavar=("PYRAMID", "HEAD"), help="this one, in this process, as JSON")
+    parser.add_argument("--folder", metavar="DIR", default="output/export_table", help="where each result is kept")
+    parser.add_argument("--table", action="store_true", help="the table alone, of what is kept")
+    parser.add_argument("--formats", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--detectors", nargs="+", metavar="WORD", default=[""], help="those with one of the words only")
+    parser.add_argument("--one", nargs=2, metavar=("DETECTOR", "FORMAT"), help="this one, in this process, as JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(check(*args.one)))
         return
-    rows = {}
-    for pyramid in args.pyramids:
-        for head in args.heads:
-            command = [sys.executable, "-W", "ignore", "-m", "tests.export_table", "--one", pyramid, head]
-            done = subprocess.run(command, capture_output=True, text=True)
-            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            cells = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"onnxruntime": f"no: {said}"}
-            rows[f"{pyramid}, {head}"] = cells
-            print(table({f"{pyramid}, {head}": cells}).splitlines()[-1], file=sys.stderr, flush=True)
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        (name, to): folder / f"{name.replace('/', '_').replace(' ', '_')}.{to}.json"
+        for to in args.formats
+        for name in (*DETECTORS, *ZOO)
+        if any(word in name for word in args.detectors) and (to not in COMPILED or name in FEWER)
+    }
+    if not args.table:
+        with tqdm(files.items(), unit="file", disable=None) as bar:
+            for (name, to), kept in bar:
+                bar.set_postfix_str(f"{name}, {to}")
+                measure(name, to, kept)
+    rows: dict[str, dict[str, str]] = {}
+    for name in (*DETECTORS, *ZOO):
+        for to in args.formats:
+            if (name, to) in files and files[name, to].exists():
+                rows.setdefault(name, {}).update(json.loads(files[name, to].read_text()))
     if args.output:
         before, _, rest = Path(args.output).read_text().partition(BEGIN)
         after = rest.partition(END)[2]

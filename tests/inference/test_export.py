@@ -117,13 +117,17 @@ def config(options: dict):
 
 def build(options: dict):
     torch.manual_seed(0)
-    model = build_model(config(options)).eval()
-    for module in model.modules():  # scores and boxes that differ from place to place, as those of a trained model
+    return spread(build_model(config(options)).eval())
+
+
+def spread(model, scale=1.0):
+    """Weights with which scores and boxes differ from place to place, as those of a trained model."""
+    for module in model.modules():
         deviations = dict.fromkeys(("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred"), 0.03)
         for name, deviation in (deviations | {"predictor": 0.1, "score_lowres": 0.003}).items():
             layer = getattr(module, name, None)
             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.ConvTranspose2d)):
-                torch.nn.init.normal_(layer.weight, std=deviation)
+                torch.nn.init.normal_(layer.weight, std=scale * deviation)
     return model
 
 

@@ -18,7 +18,9 @@ Nms = Callable[[Tensor, Tensor, float], Tensor]
 def nms_mask(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Non-maximum suppression within each group, in operations of PyTorch and torchvision alone.
 
-    Groups are moved apart and all are suppressed at once, in float64: there the move costs no precision.
+    Groups are moved apart and all are suppressed at once, in float64: there the move costs no precision. Two boxes far
+    from all others are always kept: torchvision tells the tracer that suppression keeps at least two, and what is
+    compiled refuses images of which it keeps fewer.
 
     Args:
         boxes, scores: see the head of this file.
@@ -32,9 +34,12 @@ def nms_mask(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     groups, members = entries // scores.shape[2], entries % scores.shape[2]
     own = boxes.double()[groups // scores.shape[1], members]
     apart = (boxes.max() - boxes.min() + 1).double()
-    kept = nms(own + (groups * apart)[:, None], flat[entries].double(), iou_threshold)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    return mask.scatter(0, entries[kept], torch.ones_like(kept, dtype=torch.bool)).view_as(scores)
+    spare = boxes.min().double() - boxes.new_tensor([[2, 2, 1, 1], [4, 4, 3, 3]], dtype=torch.float64)
+    own = torch.cat([own + (groups * apart)[:, None], spare])
+    kept = nms(own, torch.cat([flat[entries], flat.new_ones(2)]).double(), iou_threshold)
+    entries = torch.cat([entries, entries.new_full((2,), flat.shape[0])])  # behind the others, and cut off
+    mask = flat.new_zeros(flat.shape[0] + 1, dtype=torch.bool)
+    return mask.scatter(0, entries[kept], torch.ones_like(kept, dtype=torch.bool))[:-1].view_as(scores)
 
 
 @torch.library.custom_op("fpn_d2::nms_mask", mutates_args=())

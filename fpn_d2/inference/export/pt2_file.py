@@ -53,6 +53,10 @@ def write_aoti(graph: DetectorGraph, path: Path, metadata: dict) -> None:
         raise UserError(f"--to aoti needs g++ or clang++; found {' '.join(compiler)}, which PyTorch cannot call")
     program, unfinished = export_program(graph), _unfinished(path)
     options = {"aot_inductor.metadata": {"detector": json.dumps(metadata)}}
+    if {"masks", "keypoint_maps"} & set(graph.detections):
+        # Convolutions over as many boxes as there are detections: with the layout that the compiler chooses for them it
+        # reads their results in another, as it does not know that there is a number of boxes that is not 1.
+        options["layout_optimization"] = False
     with config.patch({"cpp.cxx": (None, *compiler)}):
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
