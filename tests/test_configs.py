@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils.events import EventStorage
 
-import fpn_d2.modeling  # noqa: F401
 from fpn_d2.config import add_fpn_d2_config
+from fpn_d2.modeling import without_timm_weights
 
 from .batches import random_batch
 
@@ -180,10 +180,10 @@ def test_fifteen_anchors_shared_by_one_head():
 
 def build(cfg: CfgNode) -> torch.nn.Module:
     """Build on the CPU with few proposals; weights are drawn, the same in each run."""
+    cfg = without_timm_weights(cfg)
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 100
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
