@@ -43,10 +43,11 @@ def run_processes(target: Callable, arguments: list[tuple], names: list[str], me
         SystemExit: One has failed, or they were stopped by a signal. Its status becomes that of the program.
     """
     context = multiprocessing.get_context(method)
+    own_method = multiprocessing.get_start_method(allow_none=True)
     with tempfile.TemporaryDirectory(prefix="fpn_d2_") as folder:
         files = [Path(folder) / str(i) for i in range(len(names))]
         processes = [
-            context.Process(target=_in_process, args=(target, given, str(file)), name=name)
+            context.Process(target=_in_process, args=(target, given, str(file), own_method), name=name)
             for given, file, name in zip(arguments, files, names, strict=True)
         ]
         group = _Group(processes)
@@ -73,8 +74,10 @@ def lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
-def _in_process(target: Callable, arguments: tuple, error_file: str) -> None:
+def _in_process(target: Callable, arguments: tuple, error_file: str, start_method: str | None) -> None:
     os.environ[_ERROR_FILE] = error_file
+    # A spawned process would spawn its loaders' workers too: seconds of imports, in which Ctrl-C gives tracebacks.
+    multiprocessing.set_start_method(start_method, force=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         if getattr(signal.getsignal(number), "__func__", None) is _Group._hand_on:  # a forked process has it too
             signal.signal(number, signal.SIG_DFL)

@@ -1,5 +1,6 @@
 """Processes: one, two on a CPU, and what they say when something is wrong."""
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_two_processes_on_a_cpu_train_one_model(tmp_path, scenes):
     launch(two_processes.train, 2, args=(cfg, str(tmp_path)), dist_url="auto", device="cpu")
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=False) for rank in (0, 1))
     assert first["backend"] == second["backend"] == "gloo"
+    assert first["workers start by"] == multiprocessing.get_start_method()  # not by spawning, as the two themselves
     assert (first["local"], second["local"]) == ((0, 2), (1, 2))
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
     gradients = {name: g for name, g in first["gradients"].items() if g is not None}

@@ -1,5 +1,6 @@
 """What each of two processes runs in the tests of the launcher; importable, since processes are spawned."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def train(cfg, folder):
             "results": results,
             "val": validation_losses(cfg, trainer.model),
             "threads": torch.get_num_threads(),
+            "workers start by": multiprocessing.get_start_method(),
         },
         os.path.join(folder, f"rank{comm.get_rank()}.pth"),
     )
