@@ -21,6 +21,7 @@ from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
 from tests.compatibility import parser as compatibility_parser
 from tests.mutation import build_parser as mutation_parser
+from tests.recipes import build_parser as recipes_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -181,6 +182,8 @@ def test_commands_parse(name, line):
         assert (ROOT / words[1]).exists()
     elif words[:3] == ["python", "-m", "tests.compatibility"]:
         compatibility_parser().parse_args(words[3:])
+    elif words[:3] == ["python", "-m", "tests.recipes"]:
+        recipes_parser().parse_args(words[3:])
     elif words[:3] == ["python", "-m", "tests.mutation"]:
         mutation_parser().parse_args(words[3:])
     else:

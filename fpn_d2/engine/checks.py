@@ -29,6 +29,7 @@ from fpn_d2.errors import UserError, did_you_mean, not_found
 from fpn_d2.fast.apply import NUMERICS
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 from fpn_d2.modeling.bottom_up.names import known_bottom_ups
+from fpn_d2.modeling.bottom_up.packaged_weights import is_packaged
 
 from .optimizer import OPTIMIZERS
 from .registries import LR_SCHEDULER_REGISTRY, TRAIN_SAMPLER_REGISTRY
@@ -302,5 +303,10 @@ def check_weight_file(path: str) -> None:
         UserError: Says what was looked for and where.
     """
     file = path.split("?", 1)[0]  # Detectron2's main branch reads options after the question mark
+    if is_packaged(file):
+        raise UserError(
+            f"MODEL.WEIGHTS is {file}, but weights of a package are for the bottom-up pathway alone: name them in "
+            "MODEL.TIMM.WEIGHTS"
+        )
     if file and "://" not in file and not os.path.isfile(os.path.expanduser(file)):
         raise UserError(f"MODEL.WEIGHTS: no file {file}: {not_found(file)}")

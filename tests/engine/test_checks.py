@@ -213,3 +213,5 @@ def test_a_missing_weight_file_is_named_and_addresses_pass(tmp_path):
         check_weight_file(path)
     with pytest.raises(UserError, match=f"looked for {tmp_path}/model_finl.pth .did you mean model_final.pth"):
         check_weight_file(str(tmp_path / "model_finl.pth"))
+    with pytest.raises(UserError, match="weights of a package .* name them in MODEL.TIMM.WEIGHTS"):
+        check_weight_file("package:efficientnet_lite0")
