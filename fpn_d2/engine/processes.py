@@ -28,6 +28,7 @@ _FOR_THE_FIRST = 12.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 # In a process that was started here: where it writes down its error.
 _ERROR_FILE = "FPN_D2_ERROR_FILE"
+_SAID = ""  # in that file: it has shown it itself
 
 
 def run_processes(target: Callable, arguments: list[tuple], names: list[str], method: str = "spawn") -> None:
@@ -64,6 +65,8 @@ def say(line: str) -> None:
     if _ERROR_FILE in os.environ and not multiprocessing.current_process().name.endswith(" 0"):
         Path(os.environ[_ERROR_FILE]).write_text(line)
         return
+    if _ERROR_FILE in os.environ:
+        Path(os.environ[_ERROR_FILE]).write_text(_SAID)
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(_FOR_THE_FIRST)  # torchrun ends this process when the first one has said the same, and ended
     print(line, file=sys.stderr, flush=True)
@@ -154,7 +157,9 @@ class _Group:
             sys.exit(1)
         # A process that only lost its connection may be found dead before the one that it lost it to.
         told = sorted(errors.items(), key=lambda item: item[1].startswith("Lost"))
-        if told and all(process.exitcode != 2 or process.name == told[0][0] for process in self._processes):
+        if _SAID in errors.values():  # the same mistake, or what came of it
+            told = [(name, text) for name, text in told if text and not text.startswith(("error: ", "Lost"))]
+        if told:
             name, text = told[0]
             print(text.rstrip() if text.startswith("error: ") else f"error in {name}: {text.rstrip()}", file=sys.stderr)
         sys.exit(first.exitcode)

@@ -63,6 +63,22 @@ def test_a_mistake_of_the_user_is_said_once(capfd, who):
     assert capfd.readouterr().err == "error: the user's mistake\n"
 
 
+def test_a_mistake_is_said_once_though_the_process_that_said_it_is_ended(capfd, monkeypatch):
+    """By the one that started it, when another one was sooner to end by the same mistake."""
+    monkeypatch.setattr(processes, "_AFTER_FAILURE", 0.5)
+
+    def case(number):
+        if number == 1:
+            time.sleep(1)
+        say("error: the user's mistake")
+        if number != 1:
+            _listens_no_more()
+        sys.exit(2)
+
+    assert _run(case) == 2
+    assert capfd.readouterr().err == "error: the user's mistake\n"
+
+
 def _tells(number):
     def told(*_):
         print(number, flush=True)
