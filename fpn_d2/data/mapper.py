@@ -74,7 +74,8 @@ def scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
         UserError: The keys are out of range.
     """
     scales, side = list(cfg.INPUT.SCALE_JITTER), cfg.INPUT.SCALE_JITTER_SIZE or max(cfg.INPUT.MIN_SIZE_TRAIN)
-    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
+    numbers = all(isinstance(scale, int | float) for scale in scales)
+    if len(scales) != 2 or not numbers or not 0 < scales[0] <= scales[1] < float("inf"):
         raise UserError(f"INPUT.SCALE_JITTER is {scales}; expected the lowest and the highest scale, as [0.1, 2.0]")
     if side <= 0:
         raise UserError(f"INPUT.SCALE_JITTER_SIZE is {side}; expected a number of pixels, or 0")

@@ -26,7 +26,7 @@ def check_rates(cfg: CfgNode) -> None:
         UserError: one is out of its range.
     """
     factor, decay = cfg.SOLVER.BOTTOM_UP_LR_FACTOR, cfg.SOLVER.BOTTOM_UP_LAYER_DECAY
-    if not factor > 0:
+    if not 0 < factor < float("inf"):
         raise UserError(
             f"SOLVER.BOTTOM_UP_LR_FACTOR is {factor}; expected more than 0. To train nothing of the bottom-up pathway, "
             "set MODEL.BACKBONE.FREEZE_AT"

@@ -200,6 +200,8 @@ def test_large_scale_jitter_is_detectron2s(tmp_path):
         (["INPUT.COPY_PASTE", 0.5, "MODEL.KEYPOINT_ON", True], "does not go with MODEL.KEYPOINT_ON"),
         (["INPUT.SCALE_JITTER", [0.5]], r"SCALE_JITTER is \[0.5\]; expected the lowest and the highest"),
         (["INPUT.SCALE_JITTER", [2.0, 0.5]], "expected the lowest and the highest"),
+        (["INPUT.SCALE_JITTER", ["a", "b"]], "expected the lowest and the highest"),
+        (["INPUT.SCALE_JITTER", [0.5, float("inf")]], "expected the lowest and the highest"),
         (["INPUT.SCALE_JITTER", [0.5, 1.0], "INPUT.SCALE_JITTER_SIZE", -1], "SCALE_JITTER_SIZE is -1"),
     ],
 )

@@ -42,6 +42,20 @@ def test_large_tensors_lie_in_huge_pages(monkeypatch, set_before):
     assert (int(done.stdout) > 0) == (set_before is None)
 
 
+def test_two_processes_with_averaged_weights_and_a_bottom_up_pathway_that_starts_later(tmp_path, scenes):
+    keys = ["SOLVER.EMA_DECAY", 0.5, "SOLVER.BOTTOM_UP_FROZEN_ITERS", 2, "SOLVER.MAX_ITER", 3, "MODEL.DEVICE", "cpu"]
+    cfg = small_config(tmp_path, scenes, *keys, "DATASETS.TEST", "()", "TEST.BEST_METRIC", "", "SEED", 5)
+    launch(two_processes.train, 2, args=(cfg, str(tmp_path)), dist_url="auto", device="cpu")
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=False) for rank in (0, 1))
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    below = [g for name, g in first["gradients"].items() if ".bottom_up." in name]
+    assert len(below) > 50 and all(g is not None for g in below)  # of the third step
+    saved = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)
+    assert all(torch.equal(value, saved["model"][name]) for name, value in first["weights"].items())
+    trained = saved["trainer"]["hooks"]["WeightAveraging"]["trained"]
+    assert not torch.equal(trained["backbone.fpn_output2.weight"], saved["model"]["backbone.fpn_output2.weight"])
+
+
 def test_two_processes_on_a_cpu_train_one_model(tmp_path, scenes):
     cfg = small_config(tmp_path, scenes, "SOLVER.MAX_ITER", 2, "MODEL.DEVICE", "cpu", "TEST.VAL_LOSS_PERIOD", 2,
                        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SEED", 5)
