@@ -64,15 +64,20 @@ def main(arguments: list[str] | None = None) -> int:
             for seed in range(1, args.seeds + 1)
             for variant in variants
         ]
+        failed = []  # which are tried again the next time
         for variant, count, seed in tqdm(tasks, unit="run"):
             name = "_".join([args.name, str(count or "all"), variant.replace(" ", "-"), str(seed)])
             found = output / f"{name}.json"
             if not found.exists():
                 entries = _of_count(data, count, seed, output)
                 result = measure(variant, entries, seed, output / name, args.opts)
-                found.write_text(json.dumps({"variant": variant, "images": count, "seed": seed, **result}, indent=1))
+                record = {"variant": variant, "images": count, "seed": seed, **result}
+                if "failed" in result:
+                    failed.append(record)
+                else:
+                    found.write_text(json.dumps(record, indent=1))
         records = [json.loads(path.read_text()) for path in sorted(output.glob(f"{args.name}_*.json"))]
-        text = table(records)
+        text = table([*records, *failed])
         (output / f"{args.name}.md").write_text(text)
         print(text)
     return 0

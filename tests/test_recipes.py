@@ -57,6 +57,17 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys, s
     assert (tmp_path / "tiny.md").read_text().count("\n") == 6
 
 
+def test_what_failed_is_told_and_tried_again(tmp_path, monkeypatch, capsys, scenes):
+    sets = [["annotations/instances_train.json", "images/train"], ["annotations/instances_val.json", "images/val"]]
+    command = ["--set", "tiny", *(str(scenes / part) for pair in sets for part in pair), "--output", str(tmp_path)]
+    command += ["--only", "recipe", "--seeds", "1", "--opts", "SOLVER.EMA_DECAY", "2.0"]
+    for _ in range(2):
+        assert recipes.main(command) == 0
+        told = capsys.readouterr().out.splitlines()[-2]
+        assert told.startswith("| all | recipe | 1 | failed: error: SOLVER.EMA_DECAY is 2.0"), told
+        monkeypatch.setattr(recipes, "measure", lambda *_: {"failed": "error: SOLVER.EMA_DECAY is 2.0"})
+
+
 def test_bad_words(tmp_path, capsys):
     with pytest.raises(SystemExit):
         recipes.main(["--scenes", "--only", "luck", "--output", str(tmp_path / "none")])
