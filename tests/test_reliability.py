@@ -27,10 +27,15 @@ def test_killed_trainings_end_as_if_nothing_had_been(tmp_path):
     assert run["wrong"] == [] and len(run["moments"]) == 3
 
 
-@pytest.mark.slow  # on a busy machine the job has ended before it is killed
 def test_two_processes_are_one_and_a_killed_job_goes_on(tmp_path):
     lines = _run("tests.jobs", "--short", folder=tmp_path)
     assert len(lines) == 3 and all(well for _, well in lines), lines
+
+
+def test_a_messy_set_with_stock_detectron2_and_with_ours(tmp_path):
+    ((name, stock, ours),) = _run("tests.messy_table", "text as an image file", folder=tmp_path)
+    assert name == "text as an image file" and stock.startswith("traceback while training: UnidentifiedImageError")
+    assert ours.startswith("trains and evaluates; left out: ") and "1 x a file that is no image" in ours
 
 
 def test_a_short_soak_holds_its_files_and_processes(tmp_path):

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from fpn_d2.errors import UserError
+from fpn_d2.errors import UserError, shown
 from fpn_d2.files import UNFINISHED, sync_folder
 
 from .reading import read_checkpoint
@@ -109,7 +109,8 @@ def newest_good(folder: str) -> str:
     others = [path for path in _all(folder, _OURS) if path != named]
     damaged = []
     for path in ([named] if named else []) + sorted(others, key=os.path.getmtime, reverse=True):
-        problem = damage(path)
+        there = os.path.exists(path)
+        problem = damage(path) if there else f"{folder} has no {shown(os.path.basename(path))}, which {LAST} names"
         if not problem:
             if path != named:
                 logger.warning("%s: going on from %s", damaged[0] if damaged else f"{folder} has no {LAST}", path)

@@ -72,7 +72,8 @@ def test_the_newest_good_one_is_found(tmp_path, caplog):
     assert newest_good(str(tmp_path)) == best
     os.remove(best)
     os.remove(last)
-    assert newest_good(str(tmp_path)) == first  # last_checkpoint names nothing that exists
+    assert newest_good(str(tmp_path)) == first
+    assert f"{tmp_path} has no model_0000005.pth, which last_checkpoint names: going on from {first}" in caplog.text
     for content in (b"", b"\xff\xfe", b"../../elsewhere.pth", b"x" * 9999):
         (tmp_path / "last_checkpoint").write_bytes(content)
         assert newest_good(str(tmp_path)) == first
