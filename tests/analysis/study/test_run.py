@@ -241,7 +241,7 @@ def test_variants_differ_in_the_model_only(setting, sizes, numerics):
 def test_each_variant_gets_its_best_learning_rate(tmp_path, monkeypatch):
     """The learning rate with the highest AP of those tried; runs of another seed's scenes, half as long."""
     asked = []
-    best = {"fpn": "0.001", "c4": "0.0005"}
+    best = {"fpn": "0.001", "c4": "0.004"}
 
     def do_one(task):
         result = Path(task["result"])
@@ -263,12 +263,12 @@ def test_each_variant_gets_its_best_learning_rate(tmp_path, monkeypatch):
     options = {"setting": PAPER, "seeds": [1], "variants": ["fpn", "c4"], "iterations": 8}
     table = run_study(tmp_path, **options).read_text()
     assert [run for run in asked if run[0]] == [
-        (True, variant, "0", "4", rate) for variant in ("fpn", "c4") for rate in (0.0005, 0.001, 0.002)
+        (True, variant, "0", "4", rate) for variant in ("fpn", "c4") for rate in (0.001, 0.002, 0.004)
     ]
-    assert [run[1:] for run in asked if not run[0]] == [("fpn", "1", "8", 0.001), ("c4", "1", "8", 0.0005)]
+    assert [run[1:] for run in asked if not run[0]] == [("fpn", "1", "8", 0.001), ("c4", "1", "8", 0.004)]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line]
     assert lines[0][-4:] == ["AP, image pyramid at test", "learning rate", "GMAC", "M parameters"]
-    assert lines[2][-4:] == ["44.0", "0.001", "1.00", "0.0"] and lines[3][-3] == "0.0005"
+    assert lines[2][-4:] == ["44.0", "0.001", "1.00", "0.0"] and lines[3][-3] == "0.004"
     assert lines[4] == ["variant", "AR@100", "AR@100 <56 px"] and lines[6] == ["fpn", "30.0", "20.0"]
     asked.clear()
     run_study(tmp_path, **options)
