@@ -23,9 +23,17 @@ def covered(box, size=(12, 16)):
     return {(y, x) for y in range(size[0]) for x in range(size[1]) if box[1] <= y < box[3] and box[0] <= x < box[2]}
 
 
+def _share(box, centre):
+    """Of a box of the first image what is in the top left quarter: its last rows and columns are next to the point."""
+    quarter = {(y, x) for y in range(12 - centre[0], 12) for x in range(16 - centre[1], 16)}
+    pixels = covered(tuple(map(int, box)))
+    return len(pixels & quarter) / len(pixels)
+
+
 def test_a_mosaic_pixel_by_pixel():
     """At full scale every image fills its quarter with the part that is next to the point."""
-    boxes = [[(0, 0, 16, 12), (9, 9, 12, 12)], [(2, 6, 6, 10), (12, 0, 16, 4)], [(0, 0, 2, 2)], [(1, 1, 9, 3)]]
+    first = [(0, 0, 16, 12), (9, 9, 12, 12), (7, 8, 13, 11), (6, 8, 12, 11), (4, 8, 12, 12), (2, 8, 14, 12)]
+    boxes = [first, [(2, 6, 6, 10), (12, 0, 16, 4)], [(0, 0, 2, 2)], [(1, 1, 9, 3)]]
     pictures = [picture(k, own) for k, own in enumerate(boxes)]
     for k, (image, _) in enumerate(pictures):
         image[:, :, 1], image[:, :, 2] = np.arange(12)[:, None], np.arange(16)[None]
@@ -48,7 +56,8 @@ def test_a_mosaic_pixel_by_pixel():
                 rows, columns = [y for y, _ in seen], [x for _, x in seen]
                 expected.append((k, [min(columns), min(rows), max(columns) + 1, max(rows) + 1]))
     assert [(a["category_id"], a["bbox"]) for a in found] == expected
-    assert 0 < len(expected) < 7
+    shares = [round(_share(a["bbox"], centre), 2) for a in pictures[0][1]]
+    assert shares == [0.22, 0.67, 0.5, 0.33, 0.25, 0.33] and sum(k == 0 for k, _ in expected) == 5
 
 
 def test_a_mosaic_of_other_sizes_scales_images_and_boxes_alike():
@@ -107,6 +116,20 @@ def test_boxes_stay_inside_and_hold_the_colour_of_their_class(mixer, size):
             assert mixer is Mosaic or a["category_id"] != 99  # crowds are not pasted
         pasted += len(annotations)
     assert pasted > 40
+
+
+def test_about_half_of_the_objects_are_pasted_anywhere_and_at_other_sizes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(mixing, "paste", lambda picture, pasted: asked.extend(pasted) or picture)
+    other = picture(5, [(2, 2, 10, 8)] * 10, (12, 16))
+    for seed in range(30):
+        np.random.seed(seed)
+        CopyPaste(1.0)(picture(0, [], (40, 60)), lambda: other)
+    assert 120 < len(asked) < 180
+    assert {patch.shape[0] for patch, *_ in asked} == {4, 5, 6, 7} and {p.shape[1] for p, *_ in asked} == {6, 7, 8, 9}
+    tops, lefts = [top for _, top, _, _ in asked], [left for _, _, left, _ in asked]
+    assert min(tops) <= 1 and max(t + p.shape[0] for p, t, _, _ in asked) >= 39
+    assert min(lefts) <= 1 and max(x + p.shape[1] for p, _, x, _ in asked) >= 59
 
 
 @pytest.mark.parametrize("mixer", [Mosaic, CopyPaste])
