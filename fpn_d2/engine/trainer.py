@@ -98,7 +98,8 @@ class Trainer(DefaultTrainer):
             self._trainer.watch = self._bad_steps
         self.checkpointer.diverged = self._bad_steps.diverged
         self._averaging = WeightAveraging(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
-        self.checkpointer.weights_to_save = self.averaged
+        if self._averaging:
+            self.checkpointer.weights_to_save = self._averaging.applied
         self._hooks_due = False  # whether what comes after a checkpoint, as an evaluation, is still to be done
         self.register_hooks(self.build_hooks())
         for loader, _ in self._loaders():
