@@ -1,5 +1,6 @@
 """A short run of what `python -m tests.reliability` does at length, and its table."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import reliability, soak
+from tests import fault_table, reliability, soak
 
 SEEN = {"memory_kib": 1000, "files": 9, "processes": 3}
 
@@ -36,6 +37,13 @@ def test_a_messy_set_with_stock_detectron2_and_with_ours(tmp_path):
     ((name, stock, ours),) = _run("tests.messy_table", "text as an image file", folder=tmp_path)
     assert name == "text as an image file" and stock.startswith("traceback while training: UnidentifiedImageError")
     assert ours.startswith("trains and evaluates; left out: ") and "1 x a file that is no image" in ours
+
+
+def test_files_that_call_a_function_with_stock_detectron2_and_with_ours(tmp_path):
+    names = [name for name in fault_table.CASES if "calls a function" in name]
+    for _, stock, ours in _run("tests.fault_table", *names, folder=tmp_path):
+        assert stock.startswith("RUNS ITS CODE; traceback: ")
+        assert ours == "runs nothing of it; one line, status 2"
 
 
 def test_a_short_soak_holds_its_files_and_processes(tmp_path):
@@ -69,7 +77,8 @@ def kept(tmp_path):
         "soak": {"iterations": 10_000, **{key: [value] * 2 for key, value in SEEN.items()}, "flat": True},
         "fuzz-voc-0": {"target": "voc", "inputs": 5, "read": 2, "refused": 3, "found": 0, "slowest": 1, "peak_mib": 9},
         "fuzz-voc-1": {"target": "voc", "inputs": 9, "read": 2, "refused": 6, "found": 1, "slowest": 2, "peak_mib": 8},
-        "messy-00": [["a set", "traceback", "names it"]],
+        "messy-00": [["a set", "traceback", "stops"], ["another", "trains; says nothing", "trains and evaluates"]],
+        "faults": [["SIGTERM", "ends with status -15", "one line"]],
     }
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -86,7 +95,12 @@ def test_the_table_says_what_is_there(kept, tmp_path, monkeypatch):
     assert "3 times in 2 trainings: 2 in start-up, 2 while a checkpoint was written" in text
     assert "| 1 of 2 end with" in text and "| process 1 killed | once | FAILS: ends |" in text
     assert "| voc | 14 | 4 | 9 | 1 | 2.0 s | 9 MiB |" in text and "| together | 14 | | | 1 | | |" in text
-    assert "10,000 iterations" in text and "flat" in text and "| a set | traceback | names it |" in text
+    assert "10,000 iterations" in text and "flat" in text and "| a set | traceback | stops |" in text
+    assert "2 sets. Stock Detectron2 ends with a traceback, dies or hangs on 1 of them, and says nothing of the" in text
+    assert "sound of 1, stops before training in one sentence on 1, and ends with a traceback, dies or hangs on 0." in (
+        text
+    )
+    assert "| SIGTERM | ends with status -15 | one line |" in text and f"With torch {importlib.metadata.version('torch')}" in text
 
 
 def test_only_what_is_missing_is_run(kept, monkeypatch):
