@@ -239,7 +239,8 @@ class Jobs:
         said = (config.parent / "said0.txt").read_text()
         told = said.count("Stopped. The last checkpoint is") == 1 and "Traceback" not in said
         self._show("Ctrl-C with 2 processes: a checkpoint and one line", status == [130] and told)
-        self._show("and with --resume the same weights", self._same_as_two(config, _ends(start(config, 2, True))))
+        same = self._same_as_two(config, _ends(start(config, 2, True)))
+        self._show("after Ctrl-C, started again with --resume: the same weights, bit for bit", same)
 
     def other_number(self) -> None:
         """Stopped with two processes, ended with one."""
