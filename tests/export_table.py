@@ -191,7 +191,7 @@ def measure(name: str, to: str, kept: Path) -> None:
         else:
             said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
             cells = dict.fromkeys(COLUMNS[to].values(), f"no: {one_line(said)}")
-        write_atomically(kept, json.dumps(cells))
+        write_atomically(str(kept), json.dumps(cells))
 
 
 def main() -> None:
