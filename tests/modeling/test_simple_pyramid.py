@@ -244,3 +244,26 @@ RESNET = {f"res{k}": ShapeSpec(channels=2**k, stride=2**k) for k in (2, 3, 4, 5)
 def test_construction_refuses(shapes, options, message):
     with pytest.raises(UserError, match=message):
         build(Given(shapes), **options)
+
+
+def test_sizes_of_padded_images_stay_open_in_an_export():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck = SimpleFeaturePyramid(Plain(), in_features=["res4"], out_channels=8)
+
+        def forward(self, x):
+            height, width = ((side + 31) // 32 * 32 for side in x.shape[-2:])
+            return self.neck(F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])))
+
+    class Plain(Patches):
+        def forward(self, x):
+            return {"res4": self.conv(x)}
+
+    sides = {i: torch.export.Dim(name, min=65, max=4096) for i, name in ((2, "height"), (3, "width"))}
+    module = Padded().eval()
+    program = torch.export.export(module, (torch.randn(1, 3, 165, 333),), dynamic_shapes=(sides,)).module()
+    x = torch.randn(1, 3, 200, 130)
+    expected = module(x)
+    for name, value in program(x).items():
+        torch.testing.assert_close(value, expected[name])

@@ -10,6 +10,9 @@ from fpn_d2.errors import UserError
 from .graph import DetectorGraph
 
 LARGEST_BATCH, LARGEST_SIDE = 1024, 16384
+# What a trace that finds sizes fixed ends with; PyTorch's explanation of it, which names the sizes that are left, can
+# fail itself.
+_REFUSED = (torch._dynamo.exc.UserError, AssertionError)
 
 
 def export_program(graph: DetectorGraph) -> ExportedProgram:
@@ -18,15 +21,18 @@ def export_program(graph: DetectorGraph) -> ExportedProgram:
     Raises:
         UserError: a part of it, the bottom-up pathway as a rule, asks for sizes that a trace has to leave open.
     """
-    try:
-        program = _traced(graph, least=1)
-    except torch._dynamo.exc.UserError:
-        # As position embeddings of one patch, which are not interpolated: from two patches on there is one way.
+    stride = max(graph.divisor, 1)
+    # As position embeddings of one patch, which are not interpolated: from two patches on, or from two cells of the
+    # coarsest map, there is one way.
+    for least in (1, stride + 1, 2 * stride + 1):
         try:
-            program = _traced(graph, least=max(graph.divisor, 1) + 1)
-        except torch._dynamo.exc.UserError as error:
-            said = " ".join(str(error).split())[:300]
-            raise UserError(f"this detector cannot be exported, PyTorch's tracer says: {said}") from error
+            program = _traced(graph, least)
+            break
+        except _REFUSED as error:
+            refused = error
+    else:
+        said = " ".join(str(refused).split())[:300]
+        raise UserError(f"this detector cannot be exported, PyTorch's tracer says: {said}") from refused
     _drop_assertions(program)
     return program
 

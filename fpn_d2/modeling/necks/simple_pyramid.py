@@ -65,7 +65,7 @@ class SimpleFeaturePyramid(Neck):
             )
         norm = ChannelLayerNorm if norm == "LN" else norm
         channels = input_shape[in_features[0]].channels
-        self.levels = levels
+        self.levels, self._map_stride = levels, 2**level
         top = build_top_block(top_block, in_features[0], channels, levels[-1], out_channels)
         for k in levels:
             if channels % 2 ** max(level - k, 0):
@@ -100,11 +100,15 @@ class SimpleFeaturePyramid(Neck):
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Cut each level to ceil(side / stride) as well, which matters for sides that are no multiple of 16."""
+        """Cut each level to ceil(side / stride) as well, which matters for sides that are no multiple of 16.
+
+        Only the levels finer than the map can be larger. That of the others is not asked: the tracer of an export would
+        take the answer for a limit of the image's size.
+        """
+        size, strides = tuple(x.shape[-2:]), self._out_feature_strides
+        finer = {name for name, stride in strides.items() if stride < self._map_stride}
         maps = super().forward(x)
-        return {
-            name: cut_to_stride(y, tuple(x.shape[-2:]), self._out_feature_strides[name]) for name, y in maps.items()
-        }
+        return {name: cut_to_stride(y, size, strides[name]) if name in finer else y for name, y in maps.items()}
 
     def fuse(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``{"p2": ..., ...}``; finer levels have exactly 2^n times as many cells as the map."""
