@@ -35,7 +35,8 @@ def peak(checkpoint: Path, images: Path, output: Path) -> tuple[float, float]:
     """Largest resident memory of a run in MB, and its seconds."""
     command = [sys.executable, "-W", "ignore", "-m", "fpn_d2.cli", "predict", str(checkpoint), str(images)]
     begin = time.monotonic()
-    run = subprocess.Popen([*command, "--output", str(output), "--device", "cpu", "--classes", *CLASSES])
+    command += ["--output", str(output), "--device", "cpu", "--classes", *CLASSES]
+    run = subprocess.Popen(command, stdout=sys.stderr)
     _, status, usage = os.wait4(run.pid, 0)
     if status:
         sys.exit(f"fpn-d2 predict ended with status {os.waitstatus_to_exitcode(status)}")
