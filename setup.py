@@ -54,8 +54,8 @@ setup(
         "fpn_d2.analysis.serve": ["page/*"],
         "fpn_d2.native": ["*.cpp", "*.h"],
     },
-    # All but the last are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced. That
-    # one needs numpy alone: pycocotools takes more than a minute for 100,000 objects.
+    # All but the last are requirements of Detectron2 too, with no narrower bounds here: nothing of it gets replaced.
+    # The last needs numpy alone: pycocotools takes more than a minute for 100,000 objects.
     install_requires=[
         "numpy", "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "tqdm>4.29.0", "faster-coco-eval>=1.6"
     ],
