@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fpn_d2.analysis.exported import all_within, check_exported, random_batches, text
 from fpn_d2.cli import main
 from fpn_d2.cli.export import EXAMPLE
-from fpn_d2.inference import load
+from fpn_d2.inference import Predictor, load
+from fpn_d2.inference.export import export_detector
 from tests.inference.runners import detector_of, run_alone
 from tests.inference.test_export import CLASSES, SMALLEST, build, config
 
@@ -86,3 +88,13 @@ def test_its_runner_gives_what_our_predictor_gives(written, detector):
 def test_its_runner_needs_neither_detectron2_nor_this_package_nor_torch(written, tmp_path):
     words = run_alone("onnx", written[0] / "exported" / "detector.onnx", tmp_path, without=("torch",))
     assert words and all(row[1] in CLASSES and len(row) == 7 for row in words)
+
+
+def test_keypoints_are_the_models_in_every_engine(tmp_path):
+    options = SMALLEST | {"MODEL.MASK_ON": False, "MODEL.KEYPOINT_ON": True}
+    model, batches = build(options), random_batches(96, 128)[:2]
+    exported = export_detector(Predictor(model, config(options), class_names=CLASSES), tmp_path)
+    found = check_exported(exported, model, batches)
+    assert "onnxruntime" in found and all_within(found), text(found, batches)
+    for differences in found.values():
+        assert {"detections", "keypoints"} <= {one.stage for batch in differences for one in batch}
