@@ -20,6 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from fpn_d2.files import write_atomically
+from tests.marked import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- trained: begin, written by tests/doctor_gain.py -->", "<!-- trained: end -->"
@@ -132,9 +133,7 @@ def main() -> None:
                 train(*run)
     configs = {name: [folder / "as_it_stands.yaml", folder / "proposed.yaml"] for name, folder in folders.items()}
     if args.output:
-        before, _, rest = Path(args.output).read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        write_atomically(args.output, f"{before}{BEGIN}\n{table(configs)}\n{END}{after}")
+        write_between(args.output, BEGIN, END, table(configs))
     else:
         print(table(configs))
 

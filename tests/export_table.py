@@ -32,6 +32,7 @@ from fpn_d2.files import write_atomically
 from fpn_d2.inference import Predictor, load
 from fpn_d2.inference.export import export_detector
 from tests.inference.test_export import CASCADE, CLASSES, OURS, RETINA, STOCK, build, config, spread
+from tests.marked import write_between
 
 BEGIN, END = "<!-- exported: begin, written by tests/export_table.py -->", "<!-- exported: end -->"
 COLUMNS = {
@@ -227,9 +228,7 @@ def main() -> None:
             if (name, to) in files and files[name, to].exists():
                 rows.setdefault(name, {}).update(json.loads(files[name, to].read_text()))
     if args.output:
-        before, _, rest = Path(args.output).read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        write_atomically(args.output, f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+        write_between(args.output, BEGIN, END, table(rows))
     else:
         print(table(rows))
 

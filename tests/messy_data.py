@@ -6,10 +6,11 @@
 import json
 from pathlib import Path
 
-from tests import messy_images as _images  # noqa: F401  the sets with faults of image files
+from tests import messy_images
 from tests.messy_sets import CASES, HEIGHT, WIDTH, Messy, messy, setting, sound_content, write_messy
 
-__all__ = ["CASES", "Messy", "sound_content", "write_messy"]
+# messy_images adds the sets with faults of image files to CASES.
+__all__ = ["CASES", "Messy", "messy_images", "sound_content", "write_messy"]
 
 
 def _simple() -> None:

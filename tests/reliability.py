@@ -20,9 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tests.marked import write_between
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "reliability.md"
-START, END = "<!-- start of the table of tests.reliability -->\n", "<!-- end of the table of tests.reliability -->\n"
+BEGIN, END = "<!-- start of the table of tests.reliability -->", "<!-- end of the table of tests.reliability -->"
 FUZZ_INPUTS, FUZZ_ROUNDS = 50_000, 5  # in one go; times four targets, a million
 KILL_RUNS, KILLS = 11, 5
 TARGETS = ("weights", "config", "coco", "voc")
@@ -182,9 +184,7 @@ def write_table(folder: Path) -> None:
     ]
     tables = [f"{title}\n\n" + "\n".join(lines) for title, lines in parts if len(lines) > 2]
     text = "\n\n".join([versions(), *tables])
-    before, _, rest = DOCUMENT.read_text().partition(START)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{START}\n{text}\n\n{END}{after}")
+    write_between(DOCUMENT, BEGIN, END, text)
     print(f"wrote {DOCUMENT}")
 
 

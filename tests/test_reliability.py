@@ -87,7 +87,7 @@ def kept(tmp_path):
 
 def test_the_table_says_what_is_there(kept, tmp_path, monkeypatch):
     document = tmp_path / "doc.md"
-    document.write_text(f"before\n{reliability.START}old\n{reliability.END}after\n")
+    document.write_text(f"before\n{reliability.BEGIN}\nold\n{reliability.END}\nafter\n")
     monkeypatch.setattr(reliability, "DOCUMENT", document)
     assert reliability.main(["--table", "--folder", str(kept)]) == 0
     text = document.read_text()
