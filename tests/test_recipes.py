@@ -54,7 +54,12 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys, s
     assert len(asked) == 8 and {seed for _, seed, _ in asked[4:]} == {2}
     figures = "15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1"
     assert capsys.readouterr().out.endswith(f"| 3 | mosaic | 1, 2 | {figures} | +0.0 ± 0.0 | 1 |\n\n")
-    assert (tmp_path / "tiny.md").read_text().count("\n") == 6
+    # With other options nothing is known.
+    assert recipes.main([*command, "--seeds", "1", "--opts", "SOLVER.EMA_DECAY", "0.5"]) == 0 and len(asked) == 12
+    page = tmp_path / "page.md"
+    page.write_text("# Rows\n<!-- recipes tiny: begin -->\n<!-- recipes tiny: end -->\n")
+    assert recipes.main([*command, "--seeds", "2", "--write", str(page)]) == 0 and len(asked) == 12
+    assert page.read_text().count("| 1, 2 | 15.0 ± 7.1") == 4
 
 
 def test_what_failed_is_told_and_tried_again(tmp_path, monkeypatch, capsys, scenes):

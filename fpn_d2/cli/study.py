@@ -29,6 +29,9 @@ def add(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at the same time (%(default)s)")
     parser.add_argument(
+        "--known", metavar="RECORDS", help="records.json of another folder, whose trainings are not done again"
+    )
+    parser.add_argument(
         "--opts", nargs="+", default=(), metavar="KEY VALUE", help="keys and values for all configs, as SOLVER.BASE_LR"
     )
     parser.set_defaults(run=run)
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         time_pairs=args.time_pairs,
         jobs=args.jobs,
         opts=args.opts,
+        known=args.known,
     )
     print(table.read_text())
     print(f"Table: {table}  figure: {table.parent / 'study.png'}")

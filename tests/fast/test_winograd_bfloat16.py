@@ -151,14 +151,16 @@ def test_one_layer_for_maps_of_both_types():
     freeze_convolutions(net)
     x = case(1, 16, 16, 40, 40)[0]
     expected = nn.functional.conv2d(x, net[0].weight, net[0].bias, padding=1).double()
+    half = (x.bfloat16(), net[0].weight, net[0].bias)
+    own = winograd.library().winograd_pays(True)  # PyTorch's where the processor multiplies matrices of bfloat16
     for _ in range(2):
         assert_close(net(x), expected, 5e-6)
         with torch.autocast("cpu", torch.bfloat16):
             low = net(x)
         assert low.dtype == torch.bfloat16
         assert_close(low, expected, FACTORS + RESULT)
-        assert torch.equal(low, winograd.conv3x3(x.bfloat16(), net[0].weight, net[0].bias))
-    assert {dtype for _, dtype in net[0]._kept} == {torch.bfloat16, torch.float32} and len(net[0]._kept) == 2
+        assert not own or torch.equal(low, winograd.conv3x3(*half))
+    assert not own or {dtype for _, dtype in net[0]._kept} == {torch.bfloat16, torch.float32} and len(net[0]._kept) == 2
 
 
 @pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mamx-bf16"])

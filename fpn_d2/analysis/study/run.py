@@ -7,6 +7,7 @@
         runs/VARIANT/seed_S/           one training run: result.json, console.txt, Detectron2's own files
         times/VARIANT.json             training time as a ratio to that of the reference variant
         results.json, table.md, study.png
+        records.json                   the results of all trainings, for another folder or machine to go on from
 
 A run that has its result.json is not done again, so that a study that was killed goes on where it was.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from fpn_d2.errors import UserError
 from fpn_d2.files import writable_folder
 
 from ..measure.child import child_environment
+from .records import take_over, write_records
 from .report import write_report
 from .settings import Setting
 
@@ -64,6 +66,7 @@ def run_study(
     time_pairs: int = 20,
     jobs: int = 1,
     opts: Sequence[str] = (),
+    known: str | os.PathLike | None = None,
 ) -> Path:
     """Train every variant with every seed, compare their training times, write table and figure.
 
@@ -81,6 +84,7 @@ def run_study(
         time_pairs: pairs of training steps, variant and reference in turn, whose times are compared; 0: none.
         jobs: training runs at the same time. Times are always compared one at a time.
         opts: further keys and values for all variants, ``[KEY, value, ...]``.
+        known: the ``records.json`` of another folder: what is in it with the same settings is not done again.
 
     Returns:
         The path of the table.
@@ -104,18 +108,18 @@ def run_study(
         if value is not None and value < low:
             raise UserError(f"{what} is {value}; expected at least {low}")
     opts = [*map(str, opts), *(["SOLVER.MAX_ITER", str(iterations)] if iterations else [])]
-    study = _Study(folder, setting, available, opts)
+    study = _Study(folder, setting, available, opts, known)
     for name in names:
         study.settings(name, [])  # finds mistakes in opts
 
     writable_folder(folder)
     failed, chosen = [], {name: [] for name in names}
     if setting.rates:
-        failed += _do(study.tuning_runs(names, tuning_iterations), jobs, "Choosing learning rates")
+        failed += study.do(study.tuning_runs(names, tuning_iterations), jobs, "Choosing learning rates")
         chosen = {name: study.best_rate(name) for name in names}
     settings = {name: study.settings(name, chosen.get(name, [])) for name in available}
     runs = [study.run(name, seed, chosen[name]) for seed in seeds for name in names if chosen[name] is not None]
-    failed += _do(runs, jobs, "Training")
+    failed += study.do(runs, jobs, "Training")
     if time_pairs and setting.reference in available:
         failed += _do([study.times(name, seeds[0], time_pairs) for name in names], 1, "Comparing times")
     table = write_report(folder, names, seeds, setting.reference, settings)
@@ -127,11 +131,27 @@ def run_study(
 class _Study:
     """What each process is asked to do: the tasks of :mod:`.worker`."""
 
-    def __init__(self, folder: Path, setting: Setting, available: dict[str, Path], opts: Sequence[str]):
+    def __init__(
+        self,
+        folder: Path,
+        setting: Setting,
+        available: dict[str, Path],
+        opts: Sequence[str],
+        known: str | os.PathLike | None,
+    ):
         self.folder = folder
         self.setting = setting
         self.available = available
         self.opts = list(opts)
+        self.known = known
+
+    def do(self, tasks: list[dict], jobs: int, title: str) -> list[str]:
+        """Do the trainings that have no result; see :func:`_do`."""
+        if self.known:
+            take_over(self.known, self.folder, tasks)
+        failed = _do(tasks, jobs, title, after=lambda: write_records(self.folder))
+        write_records(self.folder)
+        return failed
 
     def settings(self, name: str, rate: Sequence[str] | None) -> dict[str, object]:
         """All that the result of a run depends on."""
@@ -255,8 +275,8 @@ def _places(scenes: Path, output: Path, seed: int) -> list[str]:
     return ["DATASETS.COCO_FORMAT", repr(data), "OUTPUT_DIR", str(output), "SEED", str(seed)]
 
 
-def _do(tasks: list[dict], jobs: int, title: str) -> list[str]:
-    """Do what has no result yet, each task in a process of its own.
+def _do(tasks: list[dict], jobs: int, title: str, after: Callable[[], None] = lambda: None) -> list[str]:
+    """Do what has no result yet, each task in a process of its own; call ``after`` when one is done.
 
     Returns:
         The console files of the tasks that failed.
@@ -274,6 +294,7 @@ def _do(tasks: list[dict], jobs: int, title: str) -> list[str]:
                     failed.append(running[done]["console"])
                     tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
                 bar.update()
+                after()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

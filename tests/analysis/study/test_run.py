@@ -21,6 +21,7 @@ from fpn_d2.analysis.study.settings import SETTINGS
 from fpn_d2.analysis.subjects import random_batch
 from fpn_d2.data.scenes import make_scenes
 from fpn_d2.errors import UserError
+from fpn_d2.files import write_atomically
 from fpn_d2.modeling import NECK_REGISTRY, ROI_RULE_REGISTRY
 
 SCRATCH = SETTINGS["small_objects"]
@@ -60,7 +61,7 @@ def runs(monkeypatch):
                 "peak_memory_mb": 300.0 if variant == "c4" else 330.0,
                 "versions": {},
             }
-        result.write_text(json.dumps({"settings": task["settings"], **found}))
+        write_atomically(str(result), json.dumps({"settings": task["settings"], **found}))
         return True
 
     monkeypatch.setattr(study, "_do_one", do_one)
@@ -80,6 +81,34 @@ def test_seeds_go_on_the_outside_and_nothing_is_done_twice(tmp_path, runs):
     assert runs == [("fpn", 1)]
     for seed in (1, 2):
         assert (tmp_path / "scenes" / f"seed_{seed}" / "scenes.json").exists()
+
+
+def test_results_of_another_folder_are_taken_over(tmp_path, runs):
+    options = SMALL | {"variants": ["fpn", "c4"], "time_pairs": 0, "iterations": 5}
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    table = run_study(first, seeds=[1], **options).read_text()
+    runs.clear()
+    known = first / "records.json"
+    assert run_study(second, seeds=[1], known=known, **options).read_text() == table and not runs
+    result = Path("runs", "fpn", "seed_1", "result.json")
+    assert json.loads((second / result).read_text()) == json.loads((first / result).read_text())
+    assert (second / "records.json").read_text() == known.read_text()
+    # What they lack is done, and what they have with other settings.
+    run_study(third, seeds=[1, 2], known=known, **options)
+    assert runs == [("fpn", 2), ("c4", 2)]
+    runs.clear()
+    run_study(tmp_path / "fourth", seeds=[1], known=known, **options | {"iterations": 6})
+    assert runs == [("fpn", 1), ("c4", 1)]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"runs/fpn/seed_1/result.json": {}}', '{"a": 1}'])
+def test_records_that_are_none_are_named(tmp_path, runs, content):
+    records = tmp_path / "records.json"
+    records.write_text(content)
+    with pytest.raises(UserError, match="is no records.json of a study"):
+        run_study(tmp_path / "out", seeds=[1], variants=["fpn"], known=records, **SMALL)
+    with pytest.raises(UserError, match="There is no file for the results of another study"):
+        run_study(tmp_path / "out", seeds=[1], variants=["fpn"], known=tmp_path / "none.json", **SMALL)
 
 
 def test_runs_with_other_settings_are_not_mixed(tmp_path, runs):
@@ -256,7 +285,7 @@ def test_each_variant_gets_its_best_learning_rate(tmp_path, monkeypatch):
             "AP50": 9.0, "sizes": {"<56": 1.0}, "parameters": 1, "macs": 1e9, "peak_memory_mb": 1.0,
             "recall": {"AR@100": {"all": 30.0, "<56": 20.0}}, "AP_image_pyramid": 44.0,
         }  # fmt: skip
-        result.write_text(json.dumps({"settings": task["settings"], **found}))
+        write_atomically(str(result), json.dumps({"settings": task["settings"], **found}))
         return True
 
     monkeypatch.setattr(study, "_do_one", do_one)
@@ -292,7 +321,7 @@ def test_one_run_measures_what_it_says(tmp_path):
         "kind": "train",
         "annotations": annotations,
         "edges": [16, 32, 64],
-        "recall_at": [10, 100],
+        "recall_at": [100, 2000],
         "maps": None,
         "image_pyramid": False,
         "result": str(tmp_path / "r.json"),
@@ -303,8 +332,8 @@ def test_one_run_measures_what_it_says(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["settings"] == {"a": 1}
     assert 0 <= result["AP"] <= result["AP50"] <= 100 and list(result["sizes"]) == ["<16", "16-32", "32-64", ">=64"]
-    recall = [result["recall"][f"AR@{limit}"]["all"] for limit in (10, 100)]
-    assert 0 < recall[0] <= recall[1] < 100
+    recall = [result["recall"][f"AR@{limit}"]["all"] for limit in (100, 2000)]
+    assert 0 <= recall[0] <= recall[1] < 100 and recall[1] > 0
     assert 11e6 < result["parameters"] < 14e6  # a ResNet-18 has 11.2 million
     assert 0.5e9 < result["macs"] < 3e9  # of an image of 128 x 128; its share is 0.59e9
     assert 10 < result["peak_memory_mb"] < 4000
