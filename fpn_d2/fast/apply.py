@@ -9,7 +9,7 @@ from fpn_d2.config import require_keys
 from fpn_d2.errors import UserError
 
 from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastStem
-from .convolution import FastConvolution, FastTorchConvolution
+from .convolution import FastConvolution, FastSameConvolution, FastTorchConvolution
 from .detections import FastBoxPredictor
 from .guard import Fast, mixed
 from .linear import FastBoxHead
@@ -25,6 +25,7 @@ NUMERICS = ("fast", "exact")
 TABLE: dict[str, type[Fast]] = {
     "detectron2.layers.wrappers.Conv2d": FastConvolution,
     "torch.nn.modules.conv.Conv2d": FastTorchConvolution,
+    "timm.layers.conv2d_same.Conv2dSame": FastSameConvolution,
     "timm.layers.norm_act.FrozenBatchNormAct2d": FastFrozenNormAct,
     "detectron2.modeling.backbone.resnet.BasicStem": FastStem,
     "detectron2.modeling.backbone.resnet.BasicBlock": FastBasicBlock,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from . import onednn_conv, winograd
+from . import depthwise, onednn_conv, winograd
 from .guard import Fast, are_plain, autocast_dtype, is_itself, need_gradients, need_not_be_called
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -65,6 +65,18 @@ class FastTorchConvolution(FastConvolution):
     """PyTorch's own ``Conv2d``, which has no norm and no activation."""
 
     norm = activation = None
+
+
+class FastSameConvolution(FastTorchConvolution):
+    """timm's ``Conv2dSame``, which pads by the size of the map, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
+        if not (accelerates(self, x) and self.padding == (0, 0)):
+            return super(FastConvolution, self).forward(x)
+        sides = zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True)
+        borders = [max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0) for size, k, s, d in sides]
+        return convolve(self, F.pad(x, [part for b in borders for part in (b // 2, b - b // 2)]))
 
 
 def accelerates(conv: FastConvolution, x: Tensor) -> bool:
@@ -134,6 +146,8 @@ def _convolved(conv: FastConvolution, x: Tensor, folds: bool, relu: bool, add: T
             return _then(out, relu, add)
         return _without_gradients(x, weights, geometry, relu, add)
     if weights.scale is None:
+        if depthwise.pays(x, weights.weight, weights.bias, geometry):
+            return _then(depthwise.convolve(x, weights.weight, weights.bias, geometry), relu, add)
         return _then(F.conv2d(x, weights.weight, weights.bias, *geometry), relu, add)
     return _then(_FoldedConvolution.apply(x, weights.weight, weights.bias, weights.scale, geometry), relu, add)
 

@@ -7,7 +7,14 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from . import onednn_conv, winograd
-from .convolution import PLAIN_3X3, FastConvolution, FastTorchConvolution, Weights, folded_scale
+from .convolution import (
+    PLAIN_3X3,
+    FastConvolution,
+    FastSameConvolution,
+    FastTorchConvolution,
+    Weights,
+    folded_scale,
+)
 from .guard import mixed, need_gradients, need_not_be_called
 
 
@@ -52,6 +59,10 @@ class FrozenConvolution(FastConvolution):
         return self.__dict__ | {"_kept": {}}
 
 
+class FrozenSameConvolution(FrozenConvolution, FastSameConvolution):
+    """The same of one that pads by the size of the map."""
+
+
 @torch.no_grad()
 def freeze_convolutions(module: nn.Module) -> None:
     """Make every fast convolution in ``module`` a frozen one, in place, and fold the norm behind it where there is one.
@@ -68,7 +79,8 @@ def freeze_convolutions(module: nn.Module) -> None:
         _fold_norm(conv)
         weight = conv._parameters.pop("weight").detach()
         conv.__dict__.update(weight=weight.contiguous(memory_format=torch.channels_last), _kept={})
-        conv.__class__ = mixed(FrozenConvolution, type(conv).plain)
+        kind = FrozenSameConvolution if isinstance(conv, FastSameConvolution) else FrozenConvolution
+        conv.__class__ = mixed(kind, type(conv).plain)
 
 
 @torch.no_grad()
