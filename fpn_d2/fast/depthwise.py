@@ -1,7 +1,7 @@
 """Gradients of depthwise convolutions on the CPU (``depthwise_cpu.cpp``).
 
-EfficientNets, MobileNets and ConvNeXts are made of such convolutions. PyTorch leaves their gradients to oneDNN, which for
-channels-last maps and weights of 5 x 5, or stride 2, takes ten to fifty times as long as for their outputs.
+EfficientNets, MobileNets and ConvNeXts are made of such convolutions. PyTorch leaves their gradients to oneDNN, which
+for channels-last maps and weights of 5 x 5, or stride 2, takes ten to fifty times as long as for their outputs.
 """
 
 import torch
@@ -49,7 +49,8 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> boo
     """Whether the gradients of a convolution can be computed here, and sooner than by PyTorch.
 
     On a CPU, of channels-last maps in float32 or bfloat16 whose channels are a multiple of 16, each convolved by itself
-    with a square kernel of 5 or 7, in bfloat16 of 3 too, where there is a compiler. ``FPN_D2_CONV`` switches it off: "direct".
+    with a square kernel of 5 or 7, in bfloat16 of 3 too, where there is a compiler. ``FPN_D2_CONV`` switches it off:
+    "direct".
 
     Args:
         x: (N, C, H, W).

@@ -30,7 +30,7 @@ def case(images, channels, height, width, kernel, dtype=torch.float32):
 
 
 def by_loops(gradient, x, weight, stride, padding):
-    """out[y, x] = sum of input[y * stride + i - padding, ...] * weight[i, j]: each product's share of both gradients."""
+    """out[y, x] = sum of input[y * stride + i - padding, ...] * weight[i, j]: what each product gives to both."""
     gradient, x, weight = gradient.double(), x.double(), weight.double()
     of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
     _, _, height, width = x.shape
