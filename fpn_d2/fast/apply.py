@@ -11,6 +11,7 @@ from fpn_d2.errors import UserError
 from .blocks import FastBasicBlock, FastBottleneckBlock, FastKeypointHead, FastStem
 from .convolution import FastConvolution, FastSameConvolution, FastTorchConvolution
 from .detections import FastBoxPredictor
+from .group_norm import FastGroupNorm
 from .guard import Fast, mixed
 from .linear import FastBoxHead
 from .necks import FastFPN
@@ -25,6 +26,7 @@ NUMERICS = ("fast", "exact")
 TABLE: dict[str, type[Fast]] = {
     "detectron2.layers.wrappers.Conv2d": FastConvolution,
     "torch.nn.modules.conv.Conv2d": FastTorchConvolution,
+    "torch.nn.modules.normalization.GroupNorm": FastGroupNorm,
     "timm.layers.conv2d_same.Conv2dSame": FastSameConvolution,
     "timm.layers.norm_act.FrozenBatchNormAct2d": FastFrozenNormAct,
     "detectron2.modeling.backbone.resnet.BasicStem": FastStem,

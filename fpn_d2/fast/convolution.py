@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from . import depthwise, onednn_conv, winograd
+from . import depthwise, group_norm, onednn_conv, winograd
 from .guard import Fast, are_plain, autocast_dtype, is_itself, need_gradients, need_not_be_called
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -92,7 +92,11 @@ def accelerates(conv: FastConvolution, x: Tensor) -> bool:
         and x.dtype in DTYPES
         and (x.dtype == conv.weight.dtype if dtype is None else dtype == torch.bfloat16)
         # PyTorch's backward of a group norm is many times slower on channels-last maps.
-        and not (isinstance(conv.norm, nn.GroupNorm) and need_gradients(x, conv.weight, conv.norm.weight))
+        and not (
+            isinstance(conv.norm, nn.GroupNorm)
+            and need_gradients(x, conv.weight, conv.norm.weight)
+            and not group_norm.can_run(conv.norm)
+        )
     )
 
 

@@ -21,7 +21,7 @@ from . import build
 logger = logging.getLogger(__name__)
 
 VARIABLE = "FPN_D2_NATIVE"
-NAMES = ("roi_align", "winograd", "depthwise", "nms", "enlarge")
+NAMES = ("roi_align", "winograd", "depthwise", "group_norm", "nms", "enlarge")
 _FOLDER = Path(__file__).parent  # of the sources
 _lock = threading.Lock()  # while an operation is loaded
 _trying = threading.local()

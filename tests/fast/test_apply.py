@@ -63,9 +63,11 @@ def test_fast_trains_as_exact_does(norm, kind):
     assert losses[0].keys() == losses[1].keys() and gradients[0].keys() == gradients[1].keys()
     for name, exact in losses[0].items():
         torch.testing.assert_close(losses[1][name], exact, rtol=1e-4, atol=1e-5)
+    # With group norms a unit may lie at its threshold: weights changed by 1e-6 change exact's own gradients by 2e-3.
+    allowed = 5e-3 if norm == "GN" or kind == "its GN" else 5e-4
     for name, exact in gradients[0].items():
         scale = float(exact.abs().max())
-        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-3, atol=5e-4 * max(scale, 1e-2), msg=name)
+        torch.testing.assert_close(gradients[1][name], exact, rtol=1e-3, atol=allowed * max(scale, 1e-2), msg=name)
 
 
 def test_fast_is_fast_and_exact_is_detectron2s():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fpn_d2.data import enlarge
-from fpn_d2.fast import depthwise, nms, winograd
+from fpn_d2.fast import depthwise, group_norm, nms, winograd
 from fpn_d2.fast.roi_align import compiled_roi_align
 from fpn_d2.native import op as module
 
-OPS = {one.OP.name: one.OP for one in (compiled_roi_align, winograd, depthwise, nms, enlarge)}
+OPS = {one.OP.name: one.OP for one in (compiled_roi_align, winograd, depthwise, group_norm, nms, enlarge)}
 
 
 @pytest.fixture(params=sorted(OPS))
@@ -52,7 +52,7 @@ class Wrong:
             def __call__(self, pointer):
                 result, problem = function(pointer), pointer._obj
                 at = {"roi_align": "pooled", "nms": "kept", "winograd": "output", "enlarge": "result"}
-                at["depthwise"] = "input_gradient"
+                at |= {"depthwise": "input_gradient", "group_norm": "output"}
                 import ctypes
 
                 number = ctypes.c_uint8.from_address(getattr(problem, at[OP_NAME]) + 2)
