@@ -54,7 +54,7 @@ PYRAMIDS = {
     | {"MODEL.TIMM.NAME": "vit_tiny_patch16_224", "MODEL.TIMM.OPTIONS": SMALL_VIT},
     "timm ResNet FPN": OURS | TIMM | {"MODEL.TIMM.NAME": "resnet10t"},
     "timm ConvNeXt FPN": OURS | TIMM | {"MODEL.TIMM.NAME": "convnext_atto"},
-    "timm EfficientNet FPN": OURS | TIMM | {"MODEL.TIMM.NAME": "efficientnet_lite0"},
+    "timm EfficientNet FPN": OURS | TIMM | {"MODEL.TIMM.NAME": "tf_efficientnet_lite0"},
     "timm Swin FPN": OURS
     | TIMM
     | {"MODEL.TIMM.NAME": "swin_tiny_patch4_window7_224", "MODEL.TIMM.OPTIONS": SMALL_SWIN},

@@ -74,9 +74,14 @@ class FastSameConvolution(FastTorchConvolution):
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
         if not (accelerates(self, x) and self.padding == (0, 0)):
             return super(FastConvolution, self).forward(x)
-        sides = zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True)
-        borders = [max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0) for size, k, s, d in sides]
-        return convolve(self, F.pad(x, [part for b in borders for part in (b // 2, b - b // 2)]))
+        return convolve(self, padded_by_size(self, x))
+
+
+def padded_by_size(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``x`` with zeros round it, so that ``conv`` without padding gives ceil(size / stride) cells a side."""
+    sides = zip(x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1], strict=True)
+    borders = [max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0) for size, k, s, d in sides]
+    return F.pad(x, [part for border in borders for part in (border // 2, border - border // 2)])
 
 
 def accelerates(conv: FastConvolution, x: Tensor) -> bool:

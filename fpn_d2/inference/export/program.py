@@ -1,11 +1,16 @@
 """The graph of a detector as an exported program of PyTorch, for any number and size of images."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch._dynamo
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fpn_d2.errors import UserError
+from fpn_d2.fast.convolution import padded_by_size
 
 from .graph import DetectorGraph
 
@@ -44,13 +49,40 @@ def _traced(graph: DetectorGraph, least: int) -> ExportedProgram:
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
     height, width = (Dim(name, min=least, max=LARGEST_SIDE) for name in ("height", "width"))
     # What layout a map of one column has is asked again and again; so set, no answer is taken for all sizes.
-    with torch.no_grad(), shapes.patch(backed_size_oblivious=True):
+    with torch.no_grad(), _in_whole_numbers(graph), shapes.patch(backed_size_oblivious=True):
         return torch.export.export(
             graph,
             example(graph),
             dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+@contextlib.contextmanager
+def _in_whole_numbers(graph: DetectorGraph) -> Iterator[None]:
+    """Within this context timm's ``Conv2dSame`` finds its padding in whole numbers.
+
+    timm divides sizes as floats; where they are left open, a trace takes hours over what that gives.
+    """
+    kinds = {module: type(module) for module in graph.modules() if _pads_by_size(type(module))}
+    try:
+        for module in kinds:
+            module.__class__ = _PadsBySize
+        yield
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+
+
+def _pads_by_size(kind: type) -> bool:
+    plain = getattr(kind, "plain", kind)  # of a fast class
+    return f"{plain.__module__}.{plain.__qualname__}" == "timm.layers.conv2d_same.Conv2dSame"
+
+
+class _PadsBySize(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.weight, self.bias)
+        return F.conv2d(padded_by_size(self, x), *weights, self.stride, 0, self.dilation, self.groups)
 
 
 def _drop_assertions(program: ExportedProgram) -> None:
