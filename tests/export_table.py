@@ -1,13 +1,12 @@
 """Which detectors can be exported and what their files give, by hand: two hours of processor time.
 
-    python -m tests.export_table --output docs/export.md            what is not yet there, then the table
-    python -m tests.export_table --output docs/export.md --table    the table alone, of what is there
+    python -m tests.export_table            what the table of docs/export.md does not have yet
+    python -m tests.export_table --anew     all of it
 
 Small detectors with random weights, and Detectron2's own configurations at their full width, each in a process of its
 own, are written in every format, run by every engine that is installed on one image, on three of different sizes at
 once, on a small one and on one without anything, and compared with the model stage by stage. The table goes between two
-marks of the page. Each result is kept in --folder as soon as it is there: a run that was stopped goes on where it was,
-and a result that is to be measured again is deleted there.
+marks of the page, after each detector anew: a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -28,7 +27,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fpn_d2.analysis.exported import all_within, available_engines, check_exported, eager_stages, random_batches, text
-from fpn_d2.files import write_atomically
 from fpn_d2.inference import Predictor, load
 from fpn_d2.inference.export import export_detector
 from tests.inference.test_export import CASCADE, CLASSES, OURS, RETINA, STOCK, build, config, spread
@@ -182,55 +180,56 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def measure(name: str, to: str, kept: Path) -> None:
-    """Keep what :func:`check` gives, in a process of its own, in a file if it is not there."""
-    if not kept.exists():
-        command = [sys.executable, "-W", "ignore", "-m", "tests.export_table", "--one", name, to]
-        done = subprocess.run(command, capture_output=True, text=True)
-        kept.with_suffix(".txt").write_text(done.stderr)
-        if done.returncode == 0:
-            cells = json.loads(done.stdout.splitlines()[-1])
-        else:
-            said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-            cells = dict.fromkeys(COLUMNS[to].values(), f"no: {one_line(said)}")
-        write_atomically(str(kept), json.dumps(cells))
+def read_table(page: Path) -> dict[str, dict[str, str]]:
+    """The rows of the page's table, as :func:`table` wrote them."""
+    lines = page.read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {cells[0]: dict(zip(rows[0][1:], cells[1:], strict=True)) for cells in rows[2:]}
 
 
-def main() -> None:
+def measured(cells: dict[str, str], to: str) -> bool:
+    """Whether the row has what each engine that is installed gives; what did not work out is tried again."""
+    found = [cells.get(COLUMNS[to][engine], "") for engine in available_engines(to)]
+    return all(cell and not cell.startswith("no: ") for cell in found)
+
+
+def measure(name: str, to: str) -> dict[str, str]:
+    """What :func:`check` gives, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.export_table", "--one", name, to]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    tqdm.write(done.stderr, file=sys.stderr)
+    said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+    return dict.fromkeys(COLUMNS[to].values(), f"no: {one_line(said)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", metavar="PAGE", help="page whose table is written anew; none: print it")
-    parser.add_argument("--folder", metavar="DIR", default="output/export_table", help="where each result is kept")
-    parser.add_argument("--table", action="store_true", help="the table alone, of what is kept")
+    parser.add_argument("--output", metavar="PAGE", default="docs/export.md", help="page of the table (%(default)s)")
+    parser.add_argument("--anew", action="store_true", help="measure what the table has too")
     parser.add_argument("--formats", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--detectors", nargs="+", metavar="WORD", default=[""], help="those with one of the words only")
     parser.add_argument("--one", nargs=2, metavar=("DETECTOR", "FORMAT"), help="this one, in this process, as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.one:
         print(json.dumps(check(*args.one)))
         return
-    folder = Path(args.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        (name, to): folder / f"{name.replace('/', '_').replace(' ', '_')}.{to}.json"
+    page, order = Path(args.output), [*DETECTORS, *ZOO]
+    rows = read_table(page)
+    tasks = [
+        (name, to)
         for to in args.formats
-        for name in (*DETECTORS, *ZOO)
+        for name in order
         if any(word in name for word in args.detectors) and (to not in COMPILED or name in FEWER)
-    }
-    if not args.table:
-        with tqdm(files.items(), unit="file", disable=None) as bar:
-            for (name, to), kept in bar:
-                bar.set_postfix_str(f"{name}, {to}")
-                measure(name, to, kept)
-    rows: dict[str, dict[str, str]] = {}
-    for name in (*DETECTORS, *ZOO):
-        for to in args.formats:
-            if (name, to) in files and files[name, to].exists():
-                rows.setdefault(name, {}).update(json.loads(files[name, to].read_text()))
-    if args.output:
-        write_between(args.output, BEGIN, END, table(rows))
-    else:
-        print(table(rows))
+        if args.anew or not measured(rows.get(name, {}), to)
+    ]
+    with tqdm(tasks, unit="file", disable=None) as bar:
+        for name, to in bar:
+            bar.set_postfix_str(f"{name}, {to}")
+            rows[name] = rows.get(name, {}) | measure(name, to)
+            write_between(page, BEGIN, END, table({one: rows[one] for one in order if one in rows}))
 
 
 if __name__ == "__main__":
