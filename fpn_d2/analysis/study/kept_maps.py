@@ -84,7 +84,7 @@ class KeptMaps(Backbone):
 
 
 def _digest(*tensors: Tensor, text: str) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    digest = hashlib.sha256(text.encode())  # which processors of today have instructions for
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
