@@ -1,7 +1,7 @@
 """Gradients of depthwise convolutions on the CPU (``depthwise_cpu.cpp``).
 
 EfficientNets, MobileNets and ConvNeXts are made of such convolutions. PyTorch leaves their gradients to oneDNN, which
-for channels-last maps and weights of 5 x 5, or stride 2, takes ten to fifty times as long as for their outputs.
+for channels-last maps and weights of 5 x 5, or stride 2, takes many times as long as for their outputs.
 """
 
 import torch

@@ -62,7 +62,7 @@ def _traced(graph: DetectorGraph, least: int) -> ExportedProgram:
 def _in_whole_numbers(graph: DetectorGraph) -> Iterator[None]:
     """Within this context timm's ``Conv2dSame`` finds its padding in whole numbers.
 
-    timm divides sizes as floats; where they are left open, a trace takes hours over what that gives.
+    timm divides sizes as floats; where they are left open, a trace does not get to the end of what that gives.
     """
     kinds = {module: type(module) for module in graph.modules() if _pads_by_size(type(module))}
     try:
