@@ -32,6 +32,11 @@ def add(verbs: argparse._SubParsersAction) -> None:
         "--known", metavar="RECORDS", help="records.json of another folder, whose trainings are not done again"
     )
     parser.add_argument(
+        "--proposals-of",
+        metavar="NAME",
+        help="train and test all on the proposals of this variant, so that heads alone differ (paper, table 2)",
+    )
+    parser.add_argument(
         "--opts", nargs="+", default=(), metavar="KEY VALUE", help="keys and values for all configs, as SOLVER.BASE_LR"
     )
     parser.set_defaults(run=run)
@@ -62,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         jobs=args.jobs,
         opts=args.opts,
         known=args.known,
+        proposals_of=args.proposals_of,
     )
     print(table.read_text())
     print(f"Table: {table}  figure: {table.parent / 'study.png'}")

@@ -16,7 +16,12 @@ COMPARED_WITH = "fpn"
 
 
 def write_report(
-    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str | None, settings: Mapping[str, dict]
+    folder: Path,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    reference: str | None,
+    settings: Mapping[str, dict],
+    place: str = "runs",
 ) -> Path:
     """Write ``results.json``, ``table.md`` and ``study.png`` into ``folder``; runs without a result are left out.
 
@@ -26,6 +31,7 @@ def write_report(
         seeds: those whose runs count.
         reference: the variant that memory and training time are divided by; None: neither was measured.
         settings: by variant those of its runs; results with others are left out.
+        place: folder of the runs within ``folder``; of others than "runs" everything is written into that one.
 
     Returns:
         The path of the table.
@@ -33,9 +39,10 @@ def write_report(
     Raises:
         UserError: not one run has a result.
     """
-    rows = summarise(folder, variants, seeds, reference, settings)
+    rows = summarise(folder, variants, seeds, reference, settings, place)
     if not rows:
-        raise UserError(f"no run in {folder / 'runs'} has a result; see the console.txt of each")
+        raise UserError(f"no run in {folder / place} has a result; see the console.txt of each")
+    folder = folder if place == "runs" else folder / place
     text = json.dumps({"seeds": list(seeds), "reference": reference, "variants": _without_nan(rows)}, indent=1)
     write_atomically(str(folder / "results.json"), text + "\n")
     table = folder / "table.md"
@@ -45,7 +52,12 @@ def write_report(
 
 
 def summarise(
-    folder: Path, variants: Sequence[str], seeds: Sequence[int], reference: str | None, settings: Mapping[str, dict]
+    folder: Path,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    reference: str | None,
+    settings: Mapping[str, dict],
+    place: str = "runs",
 ) -> list[dict]:
     """Mean and spread over the seeds, variant by variant; see :func:`write_report`.
 
@@ -57,7 +69,7 @@ def summarise(
     runs = {}
     for variant in {*variants, COMPARED_WITH, *([reference] if reference else [])}:
         for seed in seeds:
-            path = folder / "runs" / variant / f"seed_{seed}" / "result.json"
+            path = folder / place / variant / f"seed_{seed}" / "result.json"
             if found := _result(path, settings.get(variant)):
                 runs[variant, seed] = found
     rows = []

@@ -5,6 +5,7 @@
         maps/                          what a frozen bottom-up pathway makes of them, where it is frozen
         tuning/VARIANT/RATE/           one training run with that learning rate, on scenes of a seed that is no other's
         runs/VARIANT/seed_S/           one training run: result.json, console.txt, Detectron2's own files
+        heads_on_NAME/VARIANT/seed_S/  the same on the proposals of NAME, which are in proposals/NAME/seed_S/
         times/VARIANT.json             training time as a ratio to that of the reference variant
         results.json, table.md, study.png
         records.json                   the results of all trainings, for another folder or machine to go on from
@@ -16,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -38,8 +39,12 @@ from .settings import Setting
 
 # Scenes that learning rates are chosen on.
 TUNING_SEED = 0
+SETS = {"study_train": "train", "study_val": "val"}
 # Keys that say where things are, not what is done.
-_PLACES = ("OUTPUT_DIR", "DATASETS.COCO_FORMAT")
+_PLACES = (
+    *("OUTPUT_DIR", "DATASETS.COCO_FORMAT"),
+    *("DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PROPOSAL_FILES_TEST"),
+)
 
 
 def variants_in(configs: str | os.PathLike, order: Sequence[str] = ()) -> dict[str, Path]:
@@ -67,6 +72,7 @@ def run_study(
     jobs: int = 1,
     opts: Sequence[str] = (),
     known: str | os.PathLike | None = None,
+    proposals_of: str | None = None,
 ) -> Path:
     """Train every variant with every seed, compare their training times, write table and figure.
 
@@ -85,6 +91,8 @@ def run_study(
         jobs: training runs at the same time. Times are always compared one at a time.
         opts: further keys and values for all variants, ``[KEY, value, ...]``.
         known: the ``records.json`` of another folder: what is in it with the same settings is not done again.
+        proposals_of: a variant whose proposals, those of its trained model, all are trained and tested with, without an
+            RPN of their own: what is compared is the heads alone, as in table 2 of the paper.
 
     Returns:
         The path of the table.
@@ -96,7 +104,7 @@ def run_study(
     folder = Path(folder).expanduser()
     available = variants_in(setting.configs, setting.order)
     names = list(variants or available)
-    unknown = [name for name in names if name not in available]
+    unknown = [name for name in [*names, *([proposals_of] if proposals_of else [])] if name not in available]
     if unknown:
         raise UserError(f"no variant {', '.join(unknown)} in {setting.configs}; there are {', '.join(available)}")
     if not seeds or len(set(seeds)) < len(seeds) or len(set(names)) < len(names):
@@ -115,14 +123,17 @@ def run_study(
     writable_folder(folder)
     failed, chosen = [], {name: [] for name in names}
     if setting.rates:
-        failed += study.do(study.tuning_runs(names, tuning_iterations), jobs, "Choosing learning rates")
+        tuned = [*names, *([proposals_of] if proposals_of and proposals_of not in names else [])]
+        failed += study.do(study.tuning_runs(tuned, tuning_iterations), jobs, "Choosing learning rates")
         chosen = {name: study.best_rate(name) for name in names}
+    if proposals_of:
+        failed += study.fix_proposals(proposals_of, seeds, jobs)
     settings = {name: study.settings(name, chosen.get(name, [])) for name in available}
     runs = [study.run(name, seed, chosen[name]) for seed in seeds for name in names if chosen[name] is not None]
     failed += study.do(runs, jobs, "Training")
-    if time_pairs and setting.reference in available:
+    if time_pairs and setting.reference in available and not proposals_of:
         failed += _do([study.times(name, seeds[0], time_pairs) for name in names], 1, "Comparing times")
-    table = write_report(folder, names, seeds, setting.reference, settings)
+    table = write_report(folder, names, seeds, setting.reference, settings, study.place)
     if failed:
         raise UserError(f"{len(failed)} of the runs failed, see {', '.join(failed)}; start again to repeat them")
     return table
@@ -144,6 +155,8 @@ class _Study:
         self.available = available
         self.opts = list(opts)
         self.known = known
+        self.place = "runs"
+        self.proposals: dict = {}  # files by seed, and what they depend on
 
     def do(self, tasks: list[dict], jobs: int, title: str) -> list[str]:
         """Do the trainings that have no result; see :func:`_do`."""
@@ -156,7 +169,7 @@ class _Study:
     def settings(self, name: str, rate: Sequence[str] | None) -> dict[str, object]:
         """All that the result of a run depends on."""
         keys = changed_keys(self.available[name], [*self.opts, *(rate or [])]) | {"SCENES": dict(self.setting.scenes)}
-        return keys | _circumstances(keys)
+        return keys | _circumstances(keys) | ({"PROPOSALS": self.proposals["settings"]} if self.proposals else {})
 
     def scenes(self, seed: int) -> Path:
         """The scenes of a seed, made if they are not there."""
@@ -166,16 +179,19 @@ class _Study:
 
     def run(self, name: str, seed: int, more: Sequence[str], run: Path | None = None) -> dict:
         """The task of one training, with keys and values ``more``."""
-        run = run or self.folder / "runs" / name / f"seed_{seed}"
+        run = run or self.folder / self.place / name / f"seed_{seed}"
         made = self.scenes(seed)
+        fixed = []
+        if self.proposals:
+            fixed = _with_proposals(changed_keys(self.available[name], self.opts), self.proposals[seed])
         return {
             "kind": "train",
             "config": str(self.available[name]),
-            "opts": [*self.opts, *more, *_places(made, run, seed)],
+            "opts": [*self.opts, *more, *fixed, *_places(made, run, seed)],
             "annotations": str(made / "annotations" / "instances_val.json"),
             "edges": self.setting.edges,
-            "recall_at": self.setting.recall_at,
-            "image_pyramid": name in self.setting.image_pyramid,
+            "recall_at": [] if fixed else self.setting.recall_at,
+            "image_pyramid": name in self.setting.image_pyramid and not fixed,
             "maps": str(self.folder / "maps") if self.setting.keep_maps else None,
             "settings": self.settings(name, more),
             "result": str(run / "result.json"),
@@ -193,6 +209,21 @@ class _Study:
                 task = self.run(name, TUNING_SEED, more, self.folder / "tuning" / name / f"{rate:g}")
                 tasks.append(task | {"recall_at": [], "image_pyramid": False})
         return tasks
+
+    def fix_proposals(self, name: str, seeds: Sequence[int], jobs: int) -> list[str]:
+        """Let all further runs have the proposals of a variant, made if they are not there; see :func:`_do`."""
+        rate = self.best_rate(name) if self.setting.rates else []
+        if rate is None:
+            return []  # the trainings that failed are named already
+        tasks, proposals = [], {"settings": self.settings(name, rate)}
+        for seed in seeds:
+            folder = self.folder / "proposals" / name / f"seed_{seed}"
+            task = self.run(name, seed, rate, folder) | {"kind": "propose"}
+            proposals[seed] = {split: str(folder / f"{split}.pkl") for split in SETS}
+            tasks.append(task | {"proposals": proposals[seed]})
+        failed = _do(tasks, jobs, f"Proposals of {name}")  # files, of which records would not do
+        self.place, self.proposals = f"heads_on_{name}", proposals
+        return failed
 
     def best_rate(self, name: str) -> list[str] | None:
         """The learning rate with the highest AP of those tried, as key and value; None: not all have a result."""
@@ -267,10 +298,19 @@ def _flat(node: CfgNode, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _with_proposals(keys: Mapping[str, object], files: Mapping[str, str]) -> list[str]:
+    """Keys and values that take as many proposals from files as the RPN of ``keys`` would make."""
+    words = ["MODEL.LOAD_PROPOSALS", "True", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"]
+    for file, when in zip(files.values(), ("TRAIN", "TEST"), strict=True):
+        words += [f"DATASETS.PROPOSAL_FILES_{when}", repr((file,))]
+        words += [f"DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{when}", str(keys[f"MODEL.RPN.POST_NMS_TOPK_{when}"])]
+    return words
+
+
 def _places(scenes: Path, output: Path, seed: int) -> list[str]:
     data = [
         [name, str(scenes / "annotations" / f"instances_{split}.json"), str(scenes / "images" / split)]
-        for name, split in (("study_train", "train"), ("study_val", "val"))
+        for name, split in SETS.items()
     ]
     return ["DATASETS.COCO_FORMAT", repr(data), "OUTPUT_DIR", str(output), "SEED", str(seed)]
 

@@ -1,4 +1,4 @@
-"""The processes of a study: one training run, or one comparison of training times. Each writes one JSON file.
+"""The processes of a study: a training, the proposals of one, or a comparison of times. Each writes one JSON file.
 
     python -m fpn_d2.analysis.study.worker '{"kind": "train", "config": ..., "opts": [...], "result": ..., ...}'
 
@@ -9,12 +9,14 @@ import argparse
 import itertools
 import json
 import os
+import pickle
 import platform
 import re
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import detectron2
@@ -53,6 +55,51 @@ def train(task: dict) -> dict:
         multiply-adds of an image, peak of memory in MB by which the training raised it (of the process, or of the GPU's
         tensors).
     """
+    cfg, trainer, own, memory = _trained(task)
+    found = ap_by_size(
+        task["annotations"], os.path.join(cfg.OUTPUT_DIR, "inference", "coco_instances_results.json"), task["edges"]
+    )
+    if abs(found["AP50"] - own["AP50"]) > 0.01:
+        raise RuntimeError(f"AP50 by size is {found['AP50']}, that of Detectron2's evaluator {own['AP50']}")
+    if task["recall_at"]:
+        found["recall"] = _recall_of_proposals(cfg, trainer.model, task["recall_at"], task["edges"])
+    if task["image_pyramid"]:
+        found["AP_image_pyramid"] = Trainer.test_with_TTA(cfg, trainer.model)["bbox_TTA"]["AP"]
+    return found | {
+        "parameters": count_parameters(trainer.model),
+        "macs": _macs_of_an_image(cfg, trainer.model),
+        "peak_memory_mb": memory,
+        "versions": _versions(cfg),
+    }
+
+
+def propose(task: dict) -> dict:
+    """Train one variant with one seed, and write its proposals for both sets, as Detectron2 reads them.
+
+    Args:
+        task: as for :func:`train`; "proposals": files by the name of their set.
+
+    Returns:
+        AP in percent of the variant itself, and how many proposals an image has on average.
+    """
+    cfg, trainer, own, _ = _trained(task)
+    counts = {}
+    for name, file in task["proposals"].items():
+        found = list(_proposals(cfg, trainer.model, name))
+        content = {
+            "ids": [record["image_id"] for record, _, _ in found],
+            "boxes": [boxes.numpy() for _, boxes, _ in found],
+            "objectness_logits": [logits.numpy() for _, _, logits in found],
+            "bbox_mode": BoxMode.XYXY_ABS.value,
+        }
+        with open(file, "wb") as to:  # whole before the result is there
+            pickle.dump(content, to)
+        counts[name] = statistics.fmean(len(boxes) for _, boxes, _ in found)
+    return {"AP": own["AP"], "proposals": counts, "versions": _versions(cfg)}
+
+
+def _trained(task: dict) -> tuple[CfgNode, Trainer, dict[str, float], float]:
+    """The variant trained: its config, its trainer, the evaluator's figures, and by how many MB memory rose."""
     cfg = on_this_machine(load_prepared(task["config"], task["opts"]))
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(resume=False, eval_only=False))
@@ -63,23 +110,9 @@ def train(task: dict) -> dict:
     trainer.register_hooks([peak])
     trainer.resume_or_load(resume=False)
     own = trainer.train()["bbox"]
-    found = ap_by_size(
-        task["annotations"], os.path.join(cfg.OUTPUT_DIR, "inference", "coco_instances_results.json"), task["edges"]
-    )
-    if abs(found["AP50"] - own["AP50"]) > 0.01:
-        raise RuntimeError(f"AP50 by size is {found['AP50']}, that of Detectron2's evaluator {own['AP50']}")
     if task["maps"]:
         trainer.model.backbone.bottom_up = trainer.model.backbone.bottom_up.bottom_up
-    if task["recall_at"]:
-        found["recall"] = _recall_of_proposals(cfg, trainer.model, task["recall_at"], task["edges"])
-    if task["image_pyramid"]:
-        found["AP_image_pyramid"] = Trainer.test_with_TTA(cfg, trainer.model)["bbox_TTA"]["AP"]
-    return found | {
-        "parameters": count_parameters(trainer.model),
-        "macs": _macs_of_an_image(cfg, trainer.model),
-        "peak_memory_mb": peak.value - before,
-        "versions": _versions(cfg),
-    }
+    return cfg, trainer, own, peak.value - before
 
 
 def compare_times(task: dict) -> dict:
@@ -149,19 +182,25 @@ def _recall_of_proposals(cfg: CfgNode, model: torch.nn.Module, limits: list[int]
     rpn.post_nms_topk = {False: max(limits), True: before[1][True]}
     truth = {record["image_id"]: _boxes(record["annotations"]) for record in DatasetCatalog.get(name)}
     proposals, objects = [], []
-    model.eval()
     try:
-        with torch.no_grad():
-            for batch in build_detection_test_loader(cfg, name):
-                images = model.preprocess_image(batch)
-                found, _ = rpn(images, model.backbone(images.tensor), None)
-                for record, one in zip(batch, found, strict=True):
-                    scale = record["width"] / one.image_size[1]
-                    proposals.append(one.proposal_boxes.tensor.cpu() * scale)
-                    objects.append(truth[record["image_id"]])
+        for record, boxes, _ in _proposals(cfg, model, name):
+            proposals.append(boxes)
+            objects.append(truth[record["image_id"]])
     finally:
         rpn.pre_nms_topk, rpn.post_nms_topk = before
     return average_recall(proposals, objects, limits, edges)
+
+
+@torch.no_grad()
+def _proposals(cfg: CfgNode, model: torch.nn.Module, name: str) -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
+    """Each image of a set: its record, the boxes of its proposals in the image's own pixels, and their logits."""
+    model.eval()
+    for batch in build_detection_test_loader(cfg, name):
+        images = model.preprocess_image(batch)
+        found, _ = model.proposal_generator(images, model.backbone(images.tensor), None)
+        for record, one in zip(batch, found, strict=True):
+            scale = record["width"] / one.image_size[1]
+            yield record, one.proposal_boxes.tensor.float().cpu() * scale, one.objectness_logits.float().cpu()
 
 
 def _boxes(annotations: list[dict]) -> torch.Tensor:
@@ -210,7 +249,7 @@ def _versions(cfg: CfgNode) -> dict[str, str]:
 def main(argv: list[str]) -> None:
     """Do the one task given as JSON and write its result, whole or not at all."""
     task = json.loads(argv[0])
-    result = {"train": train, "time": compare_times}[task["kind"]](task)
+    result = {"train": train, "propose": propose, "time": compare_times}[task["kind"]](task)
     write_atomically(task["result"], json.dumps({"settings": task["settings"], **result}, indent=1) + "\n")
 
 

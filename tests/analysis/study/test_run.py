@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pickle
 import subprocess
 from pathlib import Path
 
@@ -342,6 +343,78 @@ def test_one_run_measures_what_it_says(tmp_path):
     found = study_run.compare_times(task)
     assert len(found["ratios"]) == 3 and found["quartiles"][0] <= found["median"] <= found["quartiles"][1]
     assert 0.1 < found["median"] < 10  # of the same model
+
+
+def test_heads_are_compared_on_the_proposals_of_one_variant(tmp_path, monkeypatch):
+    asked = []
+
+    def do_one(task):
+        result = Path(task["result"])
+        result.parent.mkdir(parents=True, exist_ok=True)
+        asked.append((task["kind"], result.parent.relative_to(tmp_path).as_posix(), task))
+        made_up = {"AP": 9.0, "AP50": 9.0, "sizes": {"<56": 1.0}, "parameters": 1, "macs": 1e9, "peak_memory_mb": 1.0}
+        write_atomically(str(result), json.dumps({"settings": task["settings"], **made_up}))
+        return True
+
+    monkeypatch.setattr(study, "_do_one", do_one)
+    options = {"setting": PAPER, "seeds": [1, 2], "variants": ["c4"], "iterations": 8, "proposals_of": "fpn"}
+    table = run_study(tmp_path, **options)
+    assert table == tmp_path / "heads_on_fpn" / "table.md" and "| c4 | 2 |" in table.read_text()
+    places = [(kind, place) for kind, place, _ in asked if not place.startswith("tuning")]
+    assert places == [
+        *(("propose", f"proposals/fpn/seed_{seed}") for seed in (1, 2)),
+        *(("train", f"heads_on_fpn/c4/seed_{seed}") for seed in (1, 2)),
+    ]
+    tuned = {place.split("/")[1] for _, place, _ in asked if place.startswith("tuning")}
+    assert tuned == {"fpn", "c4"}
+    made, words = asked[-3][2], asked[-1][2]["opts"]
+    assert made["proposals"] == {
+        split: str(tmp_path / "proposals" / "fpn" / "seed_2" / f"{split}.pkl") for split in ("study_train", "study_val")
+    }
+    keys = dict(zip(words[::2], words[1::2], strict=True))
+    assert keys["DATASETS.PROPOSAL_FILES_TRAIN"] == repr((made["proposals"]["study_train"],))
+    assert keys["DATASETS.PROPOSAL_FILES_TEST"] == repr((made["proposals"]["study_val"],))
+    assert keys["DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN"] == keys["DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST"] == "200"
+    assert asked[-1][2]["recall_at"] == [] and asked[-1][2]["image_pyramid"] is False
+    asked.clear()
+    run_study(tmp_path, **options)
+    assert asked == []
+    # What the proposals were made with is part of what the heads depend on.
+    with pytest.raises(UserError, match="SOLVER.MAX_ITER 8 there, 9 here"):
+        run_study(tmp_path, **options | {"iterations": 9})
+    with pytest.raises(UserError, match="no variant fnp"):
+        run_study(tmp_path, **options | {"proposals_of": "fnp"})
+
+
+def test_proposals_are_those_of_the_trained_variant(tmp_path):
+    """Two real trainings of an iteration: one whose proposals are written, and one that has them for its RPN."""
+    scenes = make_scenes(tmp_path / "scenes", seed=1, progress=False, **with_few_scenes(SCRATCH, 3, 2).scenes)
+    opts = [*study._places(scenes, tmp_path / "out", 1), "SOLVER.MAX_ITER", "1", "SOLVER.WARMUP_ITERS", "0"]
+    files = {name: str(tmp_path / f"{name}.pkl") for name in study.SETS}
+    common = {
+        "config": str(CONFIGS / "fpn.yaml"), "settings": {}, "edges": [16, 32, 64], "recall_at": [], "maps": None,
+        "image_pyramid": False, "annotations": str(scenes / "annotations" / "instances_val.json"),
+    }  # fmt: skip
+    of_fpn = common | {"kind": "propose", "opts": opts, "proposals": files}
+    of_fpn |= {"result": str(tmp_path / "fpn.json"), "console": str(tmp_path / "fpn.txt")}
+    assert study._do_one(of_fpn), (tmp_path / "fpn.txt").read_text()
+    counts = json.loads((tmp_path / "fpn.json").read_text())["proposals"]
+    for (name, split), images in zip(study.SETS.items(), (3, 2), strict=True):
+        found = pickle.loads(Path(files[name]).read_bytes())
+        truth = json.loads((scenes / "annotations" / f"instances_{split}.json").read_text())["images"]
+        assert sorted(found["ids"]) == sorted(image["id"] for image in truth) and len(found["boxes"]) == images
+        assert counts[name] == np.mean([len(boxes) for boxes in found["boxes"]]) > 10
+        for boxes, logits in zip(found["boxes"], found["objectness_logits"], strict=True):
+            assert boxes.shape == (len(logits), 4) and boxes.min() >= 0 and 64 < boxes.max() <= 128
+            assert (boxes[:, 2:] >= boxes[:, :2]).all() and (np.diff(logits) <= 0).all()
+    fixed = study._with_proposals({"MODEL.RPN.POST_NMS_TOPK_TRAIN": 20, "MODEL.RPN.POST_NMS_TOPK_TEST": 7}, files)
+    heads = common | {"kind": "train", "opts": [*opts, *fixed]}
+    heads |= {"result": str(tmp_path / "heads.json"), "console": str(tmp_path / "heads.txt")}
+    assert study._do_one(heads), (tmp_path / "heads.txt").read_text()
+    console = (tmp_path / "heads.txt").read_text()
+    for file in files.values():
+        assert f"Loading proposals from: {file}" in console
+    assert "rpn" not in console.partition("Starting training")[2]
 
 
 def test_reading_images_is_not_timed(tmp_path, monkeypatch):
