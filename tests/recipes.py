@@ -3,6 +3,7 @@
     python -m tests.recipes --set cells bccd/train.json bccd/train bccd/val.json bccd/val     on a set of one's own
     python -m tests.recipes --scenes                                                          on synthetic scenes
     python -m tests.recipes --set ... --images 20 50 100 --only recipe "from scratch"          on fewer images
+    python -m tests.recipes --set ... --hold 45               tested on so many of the images to train on, to choose by
 
 Every row is the recipe with one change, trained and evaluated by train_net.py in a process of its own, once for each
 seed. What has been measured is kept, a line each in --records, and not measured again; the table is made of what is
@@ -49,6 +50,7 @@ VARIANTS: dict[str, list[object]] = {
     "bottom-up frozen at first": ["SOLVER.BOTTOM_UP_FROZEN_ITERS", 200],
     "canonical size 112": ["MODEL.ROI_LEVEL_ASSIGN.CANONICAL_BOX_SIZE", 112],
     "stem and res2 frozen": ["MODEL.BACKBONE.FREEZE_AT", 2],
+    "Cascade R-CNN": ["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True],
     "random weights": ["MODEL.TIMM.WEIGHTS", "", "MODEL.TIMM.NAME", "tf_efficientnet_lite0", "MODEL.TIMM.NORM", ""],
     "from scratch": [],  # the other recipe
 }
@@ -100,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ... (3)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--images", nargs="+", type=int, help="numbers of images to train on; without: all")
+    parser.add_argument("--hold", type=int, metavar="N", help="test on N of the images to train on, not on others")
     parser.add_argument("--output", default="output/recipes", help="folder (output/recipes)")
     parser.add_argument("--records", metavar="FILE", help="what has been measured (records.jsonl in the folder)")
     parser.add_argument("--write", metavar="PAGE", help="write the table into this page, between its marks")
@@ -132,7 +135,26 @@ def _data(args: argparse.Namespace, output: Path) -> list[list[str]]:
             make_scenes(folder, **_SCENES)
         return [[f"{folder}/annotations/instances_{s}.json", f"{folder}/images/{s}"] for s in ("train", "val")]
     args.name, *paths = args.set
-    return [paths[:2], paths[2:]]
+    if not args.hold:
+        return [paths[:2], paths[2:]]
+    args.name += f"_hold_{args.hold}"
+    with open(paths[0]) as file:
+        content = json.load(file)
+    ids = sorted(image["id"] for image in content["images"])
+    if not 0 < args.hold < len(ids):
+        raise UserError(f"--hold {args.hold} is not between 0 and the {len(ids)} images of {paths[0]}")
+    random.Random(0).shuffle(ids)
+    parts = {"train": ids[: -args.hold], "val": ids[-args.hold :]}
+    return [[str(_part(content, part, output / f"{args.name}_{name}.json")), paths[1]] for name, part in parts.items()]
+
+
+def _part(content: dict, ids: Iterable[int], path: Path) -> Path:
+    """Write the images with these ids, and what is annotated in them."""
+    ids = set(ids)
+    images = [image for image in content["images"] if image["id"] in ids]
+    annotations = [one for one in content["annotations"] if one["image_id"] in ids]
+    path.write_text(json.dumps({**content, "images": images, "annotations": annotations}))
+    return path
 
 
 def _of_count(data: list[list[str]], count: int, seed: int, output: Path) -> list[list[str]]:
@@ -143,12 +165,8 @@ def _of_count(data: list[list[str]], count: int, seed: int, output: Path) -> lis
         content = json.load(file)
     if count > len(content["images"]):
         raise UserError(f"--images {count} are more than the {len(content['images'])} of {data[0][0]}")
-    kept = random.Random(seed).sample(content["images"], count)
-    ids = {image["id"] for image in kept}
-    annotations = [one for one in content["annotations"] if one["image_id"] in ids]
-    path = output / f"train_{count}_{seed}.json"
-    path.write_text(json.dumps({**content, "images": kept, "annotations": annotations}))
-    return [[str(path), data[0][1]], data[1]]
+    kept = random.Random(seed).sample([image["id"] for image in content["images"]], count)
+    return [[str(_part(content, kept, output / f"train_{count}_{seed}.json")), data[0][1]], data[1]]
 
 
 def measure(variant: str, data: list[list[str]], seed: int, folder: Path, opts: list[str]) -> dict:

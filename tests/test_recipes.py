@@ -56,21 +56,44 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys, s
     assert capsys.readouterr().out.endswith(f"| 3 | mosaic | 1, 2 | {figures} | +0.0 ± 0.0 | 1 |\n\n")
     # With other options nothing is known.
     assert recipes.main([*command, "--seeds", "1", "--opts", "SOLVER.EMA_DECAY", "0.5"]) == 0 and len(asked) == 12
+    other = ["--set", "other", *command[2:]]
+    assert recipes.main([*other, "--seeds", "1"]) == 0 and len(asked) == 16, "it is not that set that is known"
     page = tmp_path / "page.md"
     page.write_text("# Rows\n<!-- recipes tiny: begin -->\n<!-- recipes tiny: end -->\n")
-    assert recipes.main([*command, "--seeds", "2", "--write", str(page)]) == 0 and len(asked) == 12
+    assert recipes.main([*command, "--seeds", "2", "--write", str(page)]) == 0 and len(asked) == 16
     assert page.read_text().count("| 1, 2 | 15.0 ± 7.1") == 4
+
+
+def test_images_are_held_back_from_those_to_train_on(tmp_path, monkeypatch, scenes, capsys):
+    train, images = scenes / "annotations/instances_train.json", scenes / "images/train"
+    words = ["--set", "tiny", str(train), str(images), "no.json", "nowhere", "--only", "recipe", "--seeds", "1"]
+    asked = []
+    monkeypatch.setattr(recipes, "measure", lambda variant, data, *_: asked.append(data) or record(variant, 1, 60.0))
+    command = [*words, "--output", str(tmp_path), "--hold"]
+    assert recipes.main([*command, "2"]) == 0
+    every = json.loads(train.read_text())
+    parts = [json.loads(open(path).read()) for path, _ in asked[0]]
+    assert [folder for _, folder in asked[0]] == [str(images)] * 2
+    ids = [{image["id"] for image in part["images"]} for part in parts]
+    assert len(ids[1]) == 2 and not ids[0] & ids[1] and ids[0] | ids[1] == {image["id"] for image in every["images"]}
+    for part, own in zip(parts, ids, strict=True):
+        assert part["annotations"] == [one for one in every["annotations"] if one["image_id"] in own]
+    with pytest.raises(SystemExit):
+        recipes.main([*command, str(len(every["images"]))])
+    assert "is not between 0 and the" in capsys.readouterr().err
 
 
 def test_what_failed_is_told_and_tried_again(tmp_path, monkeypatch, capsys, scenes):
     sets = [["annotations/instances_train.json", "images/train"], ["annotations/instances_val.json", "images/val"]]
     command = ["--set", "tiny", *(str(scenes / part) for pair in sets for part in pair), "--output", str(tmp_path)]
     command += ["--only", "recipe", "--seeds", "1", "--opts", "SOLVER.EMA_DECAY", "2.0"]
-    for _ in range(2):
-        assert recipes.main(command) == 0
+    tried = []
+    for time in range(2):
+        assert recipes.main(command) == 0 and len(tried) == time
         told = capsys.readouterr().out.splitlines()[-2]
         assert told.startswith("| all | recipe | 1 | failed: error: SOLVER.EMA_DECAY is 2.0"), told
-        monkeypatch.setattr(recipes, "measure", lambda *_: {"failed": "error: SOLVER.EMA_DECAY is 2.0"})
+        again = {"failed": "error: SOLVER.EMA_DECAY is 2.0"}
+        monkeypatch.setattr(recipes, "measure", lambda *_, again=again: tried.append(1) or again)
 
 
 def test_bad_words(tmp_path, capsys):

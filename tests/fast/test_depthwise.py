@@ -71,6 +71,19 @@ def test_gradients(library, shape, padding, stride, kernel, dtype):
         assert_close(one, other, ROUNDING[dtype])
 
 
+def test_gradients_of_float32_weights_are_not_rounded_to_the_maps_type(library):
+    x, weight, bias = case(2, 16, 12, 11, 5)
+    x, geometry = x.bfloat16(), ((1, 1), (2, 2), (1, 1), 16)
+    leaves = [x, weight.requires_grad_(), bias.clone().requires_grad_()]
+    out = depthwise.convolve(*leaves, geometry)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(out, leaves[1:], gradient)
+    expected = by_loops(gradient, x, weight.detach(), 1, 2)[1], gradient.double().sum((0, 2, 3))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert_close(one, other, 1e-5)
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_only_what_is_wanted(library, wanted):
     tensors = case(2, 16, 9, 10, 5)
@@ -123,6 +136,7 @@ def test_when_it_takes_over(library, monkeypatch):
     for key, value in {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 2), "kernel": 9, "channels": 32}.items():
         assert not pays(x, **{key: value}), key
     assert not pays(case(1, 24, 9, 9, 5)[0], channels=24, groups=24)
+    assert not depthwise.pays(x, torch.zeros(16, 1, 3, 5), None, ((1, 1), (2, 2), (1, 1), 16))
     monkeypatch.setenv(cpu_maps.VARIABLE, "direct")
     assert not pays(x)
 
@@ -154,6 +168,25 @@ def test_timms_padding_by_size(size, stride, dtype):
     assert isinstance(fast, FrozenConvolution)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         assert_close(fast(x), results[0][0].double(), tolerance)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"kernel_size": 1, "stride": 2},  # which reaches less than it steps: nothing is cut off
+        {"kernel_size": (5, 3), "stride": (3, 1), "dilation": (1, 2)},
+        {"kernel_size": 3, "padding": 1},  # which timm does not look at
+    ],
+)
+def test_timms_padding_of_other_shapes(keys):
+    kind = pytest.importorskip("timm.layers.conv2d_same").Conv2dSame
+    plain = kind(4, 8, **keys)
+    fast = make_fast(kind(4, 8, **keys))
+    fast.load_state_dict(plain.state_dict())
+    for size in ((10, 12), (11, 7)):
+        x = torch.randn(1, 4, *size)
+        with torch.no_grad():
+            assert_close(fast(x), plain(x).double(), 1e-5)
 
 
 def test_a_step_of_a_timm_network(library, monkeypatch):

@@ -126,6 +126,12 @@ def test_second_derivative():
         assert_close(one, other.double(), 1e-4)
 
 
+def test_a_patched_norm_is_the_patched_one(monkeypatch):
+    made, x = norm(), channels_last(torch.randn(1, 32, 5, 6))
+    monkeypatch.setattr(nn.GroupNorm, "forward", lambda self, x: x + 1)
+    assert torch.equal(made(x), x + 1) and not group_norm.can_run(made)
+
+
 def test_what_is_left_to_pytorch(monkeypatch):
     calls = []
     real = group_norm._forward

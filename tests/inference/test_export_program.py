@@ -39,9 +39,10 @@ def test_timms_padding_by_size_is_traced_for_all_sizes(make):
         torch.testing.assert_close(program(images, sizes)[0], graph(images, sizes)[0])
 
 
-def test_layers_get_their_class_back_when_a_trace_fails(monkeypatch):
-    kind = pytest.importorskip("timm.layers.conv2d_same").Conv2dSame
-    graph = Graph(nn.Sequential(kind(3, 4, 3, stride=2))).eval()
+@pytest.mark.parametrize("make", [lambda module: module, make_fast])
+def test_layers_get_their_class_back_when_a_trace_fails(monkeypatch, make):
+    graph = Graph(make(nn.Sequential(pytest.importorskip("timm.layers.conv2d_same").Conv2dSame(3, 4, 3, stride=2))))
+    kind = type(graph.eval().layers[0])
 
     def fails(*args, **kwargs):
         assert type(graph.layers[0]) is not kind
