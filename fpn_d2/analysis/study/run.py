@@ -116,7 +116,7 @@ def run_study(
         if value is not None and value < low:
             raise UserError(f"{what} is {value}; expected at least {low}")
     opts = [*map(str, opts), *(["SOLVER.MAX_ITER", str(iterations)] if iterations else [])]
-    study = _Study(folder, setting, available, opts, known)
+    study = _Study(folder, setting, available, opts, known, seeds[0])
     for name in names:
         study.settings(name, [])  # finds mistakes in opts
 
@@ -149,12 +149,14 @@ class _Study:
         available: dict[str, Path],
         opts: Sequence[str],
         known: str | os.PathLike | None,
+        first_seed: int,
     ):
         self.folder = folder
         self.setting = setting
         self.available = available
         self.opts = list(opts)
         self.known = known
+        self.first_seed = first_seed
         self.place = "runs"
         self.proposals: dict = {}  # files by seed, and what they depend on
 
@@ -191,7 +193,7 @@ class _Study:
             "annotations": str(made / "annotations" / "instances_val.json"),
             "edges": self.setting.edges,
             "recall_at": [] if fixed else self.setting.recall_at,
-            "image_pyramid": name in self.setting.image_pyramid and not fixed,
+            "image_pyramid": name in self.setting.image_pyramid and seed == self.first_seed and not fixed,
             "maps": str(self.folder / "maps") if self.setting.keep_maps else None,
             "settings": self.settings(name, more),
             "result": str(run / "result.json"),

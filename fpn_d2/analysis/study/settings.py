@@ -19,7 +19,8 @@ class Setting:
         rates: learning rates of which each variant gets the best; none: that of the recipe.
         recall_at: numbers of proposals per image whose average recall is measured.
         order: the variants whose rows come first.
-        image_pyramid: variants that are tested once more on images of several sizes, as TEST.AUG.MIN_SIZES has them.
+        image_pyramid: variants that are tested once more on images of several sizes, as TEST.AUG.MIN_SIZES has them;
+            the first seed alone, as it takes longer than the training.
         keep_maps: whether the bottom-up pathway is frozen, so that its maps can be kept in files.
     """
 
