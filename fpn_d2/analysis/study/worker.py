@@ -178,7 +178,7 @@ def _recall_of_proposals(cfg: CfgNode, model: torch.nn.Module, limits: list[int]
     before = rpn.pre_nms_topk, rpn.post_nms_topk
     levels = len(rpn.in_features)
     # As many in all from one level as from five; Detectron2 takes 1000 of each of five.
-    rpn.pre_nms_topk = {False: 5 * max(limits) // levels, True: before[0][True]}
+    rpn.pre_nms_topk = {False: max(before[0][False], 5 * max(limits) // levels), True: before[0][True]}
     rpn.post_nms_topk = {False: max(limits), True: before[1][True]}
     truth = {record["image_id"]: _boxes(record["annotations"]) for record in DatasetCatalog.get(name)}
     proposals, objects = [], []
