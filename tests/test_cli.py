@@ -230,7 +230,8 @@ def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(study, "run_study", run_study)
     words = "study --output out --seeds 4 5 --variants fpn c4 --iterations 7 --train 8 --val 9 --time-pairs 3 --jobs 2"
-    assert cli.main([*words.split(), "--opts", "SOLVER.BASE_LR", "0.1", "--known", "r.json"]) == 0
+    words += " --opts SOLVER.BASE_LR 0.1 --known r.json --proposals-of c5"
+    assert cli.main(words.split()) == 0
     assert asked == {
         "folder": "out",
         "seeds": [4, 5],
@@ -242,6 +243,7 @@ def test_study_passes_its_arguments_on(monkeypatch, tmp_path, capsys):
         "jobs": 2,
         "opts": ["SOLVER.BASE_LR", "0.1"],
         "known": "r.json",
+        "proposals_of": "c5",
     }
     assert "the table" in capsys.readouterr().out
 
