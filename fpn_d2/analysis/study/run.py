@@ -215,8 +215,11 @@ class _Study:
     def fix_proposals(self, name: str, seeds: Sequence[int], jobs: int) -> list[str]:
         """Let all further runs have the proposals of a variant, made if they are not there; see :func:`_do`."""
         rate = self.best_rate(name) if self.setting.rates else []
-        if rate is None:
-            return []  # the trainings that failed are named already
+        if rate is None:  # not their own proposals instead
+            raise UserError(
+                f"the learning rate of {name}, whose proposals all are to have, could not be chosen: trainings in "
+                f"{self.folder / 'tuning' / name} have failed, see the console.txt of each"
+            )
         tasks, proposals = [], {"settings": self.settings(name, rate)}
         for seed in seeds:
             folder = self.folder / "proposals" / name / f"seed_{seed}"

@@ -305,6 +305,8 @@ def test_a_variant_whose_learning_rates_were_not_all_tried_is_left_out(tmp_path,
     with pytest.raises(UserError, match="no run in"):
         run_study(tmp_path, setting=PAPER, seeds=[1], variants=["fpn"])
     assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match="learning rate of fpn, whose proposals all are to have"):
+        run_study(tmp_path, setting=PAPER, seeds=[1], variants=["c4"], proposals_of="fpn")
 
 
 def test_heads_are_compared_on_the_proposals_of_one_variant(tmp_path, monkeypatch):
